@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
-import contextlib
 import gzip
 import os
 import pathlib
@@ -413,11 +412,8 @@ def _find_idx(directory: pathlib.Path, name: str) -> pathlib.Path:
 
 def _read_idx(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
   """uint8 [num, *shape] of an IDX file, checked in every byte of its header and in its length."""
-  with contextlib.ExitStack() as stack:
-    file = stack.enter_context(path.open("rb"))
+  with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
     try:
-      if path.suffix == ".gz":
-        file = stack.enter_context(gzip.GzipFile(fileobj=file))  # type: ignore[assignment]
       ndim = 1 + len(shape)
       header = _read(file, 4 + 4 * ndim)
       _require(header[:2] == b"\0\0", path, f"magic bytes {header[:4].hex(' ')}",
@@ -442,7 +438,7 @@ def _read_idx(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray:
   return np.frombuffer(data, np.uint8).reshape(found)
 
 
-def _read(file: BinaryIO, size: int) -> bytes:
+def _read(file: BinaryIO | gzip.GzipFile, size: int) -> bytes:
   data = bytearray()
   while len(data) < size and (chunk := file.read(min(_CHUNK, size - len(data)))):
     data += chunk
