@@ -1,38 +1,99 @@
-"""The `--config` flag that every command shares."""
+"""What the command lines share: the `--config` flag and errors of one line.
+
+_CONFIG = flags.define_config("configs/mar_base.py")
+
+def main() -> None:
+  config = flags.parsed_config()
+  ...
+
+if __name__ == "__main__":
+  flags.run(main)
+"""
 
 from __future__ import annotations
 
-from typing import NoReturn
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from marche_jax import config as config_lib
-
-FLAGS = flags.FLAGS
+from marche_jax.config import Config
 
 
 def define_config(default: str | None = None) -> None:
-  """Defines `--config=FILE` and `--config.FIELD=VALUE` over the dataclasses of `config`."""
+  """Defines `--config=FILE` and `--config.field=value`.
+
+  FILE is Python; its `get_config()` returns `marche_jax.config.mutable(Config(...))`.
+
+  Args:
+    default: path of the file where the flag is not given; None where a command needs none.
+  """
   config_flags.DEFINE_config_file(
-    "config", default, "Python file with a get_config(); override with --config.FIELD=VALUE."
+    "config", default, "File with a get_config(); override with --config.sample.num_iter=32 etc."
   )
 
 
-def usage_error(message: str) -> NoReturn:
-  """Ends the program with a one-line message, without a traceback."""
-  raise app.UsageError(message)
-
-
-def parsed_config() -> config_lib.Config:
-  """The configuration after overrides, validated and frozen.
+def parsed_config() -> Config:
+  """The configuration that the command line asks for, validated and frozen.
 
   Raises:
-    app.UsageError: where `--config` is missing or a value is out of range; names the field.
+    ValueError: no file was given, the file gives something else, or a field is out of range.
   """
-  if FLAGS.config is None:
-    usage_error("--config is missing: name a file such as configs/mar_base.py")
   try:
-    return config_lib.freeze(FLAGS.config)
-  except ValueError as error:
-    usage_error(f"--config.{error}")
+    config = flags.FLAGS.config
+  except OSError as error:  # the file could not be read; the reason is the last of several lines
+    raise ValueError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+  if config is None:
+    raise ValueError("--config: expected a file such as configs/mar_base.py, found none")
+  if getattr(config, "frozen_class", None) is not Config:
+    raise ValueError(
+      "--config: expected get_config() to return marche_jax.config.mutable(Config(...)), "
+      f"found {type(config).__name__}"
+    )
+  return config_lib.freeze(config)
+
+
+def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
+  """Parses the flags, calls `main` and exits; a mistake of the user is one line and exit code 1.
+
+  What counts as such are ValueError, OSError and ImportError; --verbosity=1 shows their traceback.
+  """
+
+  def checked(rest: list[str]) -> None:
+    if len(rest) > 1:
+      _fail(f"unexpected argument {rest[1]!r}: flags look like --name=value")
+    if flags.FLAGS["verbosity"].using_default_value:
+      logging.set_verbosity(logging.WARNING)  # Orbax is talkative
+    try:
+      main()
+    except (ValueError, OSError, ImportError) as error:
+      if logging.vlog_is_on(1):
+        raise
+      _fail(error)
+
+  app.run(checked, argv=argv, flags_parser=_parse)
+  raise AssertionError("app.run exits")
+
+
+def _parse(argv: list[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+    # ml_collections raises KeyError, AttributeError or TypeError for a field that is not there.
+  except (KeyError, AttributeError, TypeError) as error:
+    unknown = re.search(r"Field (\w+) not found|>\.(\w+) does not exist", str(error))
+    if unknown is None:
+      raise
+    field = unknown[1] or unknown[2]
+    given = [a.split("=")[0] for a in argv if re.match(rf"--?config\.(\w+\.)*{field}\b", a)]
+    _fail(f"unknown configuration field: {given[0] if given else field}")
+  except (flags.Error, OSError) as error:
+    _fail(error)
+
+
+def _fail(message: Any) -> NoReturn:
+  print("error: " + " ".join(str(message).split()), file=sys.stderr)
+  sys.exit(1)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rule import rule_weights
 
 from marche_jax.config import VAEConfig
 from marche_jax.models import vae
-from rule import rule_weights
 
 DATA = pathlib.Path(__file__).parent / "data"
 TINY = VAEConfig(**json.loads((DATA / "vae_tiny" / "config.json").read_text()))
@@ -82,10 +82,26 @@ def test_decoder_matches_the_reference(tiny, golden):
   assert error(images, golden["decoded"].transpose(0, 2, 3, 1)) <= TOLERANCE
 
 
-def test_reconstruction_matches_the_reference(tiny, golden):
-  model = vae.AutoencoderKL(TINY)
-  images = jax.jit(model.apply)({"params": tiny}, to_images(golden["images_u8"]))
+def test_decoder_on_the_references_mean_matches_its_reconstruction(tiny, golden):
+  images = decode(TINY, tiny, golden["mean"])
   assert error(images, golden["reconstruction"].transpose(0, 2, 3, 1)) <= TOLERANCE
+
+
+def test_reconstruction_matches_the_reference_in_float64(tiny, golden):
+  """From image to image, in float64, where only the reference's own rounding is left.
+
+  In float32 this composition has no 1e-4 to give. The encoder's rounding (1e-5) is amplified
+  tenfold by the decoder: the reference's array is 9.7e-5 from the exact value of its own formula,
+  and PyTorch misses it by 3.4e-4 when it merely lays out its memory otherwise (channels last).
+  """
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda w: w.astype(np.float64), tiny)
+    images = to_images(golden["images_u8"]).astype(np.float64)
+    model = vae.AutoencoderKL(TINY, jnp.float64)
+    ours = np.asarray(jax.jit(model.apply)({"params": wide}, images))
+  assert ours.dtype == np.float64
+  expected = golden["reconstruction"].transpose(0, 2, 3, 1).astype(np.float64)
+  assert error(ours, expected) <= TOLERANCE
 
 
 def test_stored_weights_are_those_of_the_checkpoint():
@@ -142,9 +158,10 @@ def test_torch_name_refuses_other_leaves():
 
 
 def test_init_params_gives_the_abstract_tree():
-  params = jax.jit(vae.init_params, static_argnums=0)(TINY, jax.random.key(0))
+  config = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(16,), resolution=16)
+  params = jax.jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
   shapes = jax.tree.map(lambda a: (a.shape, a.dtype), params)
-  assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), vae.abstract_params(TINY))
+  assert shapes == jax.tree.map(lambda a: (a.shape, a.dtype), vae.abstract_params(config))
 
 
 def test_sample_has_the_posteriors_moments():
@@ -185,20 +202,20 @@ def test_other_sizes_and_batches(tiny):
   assert posterior.mean.shape == (2, 4, 6, 10)
   decoded = decode(TINY, tiny, posterior.mean)
   assert decoded.shape == images.shape
-  # An image does not depend on the others of its batch.
-  alone = encode(TINY, tiny, images[1:])
-  np.testing.assert_allclose(alone.moments[0], posterior.moments[1], rtol=0, atol=1e-5)
-  np.testing.assert_allclose(
-    decode(TINY, tiny, posterior.mean[1:])[0], decoded[1], rtol=0, atol=1e-5
-  )
+  # An image does not depend on the other of its batch, nor on its place.
+  other = encode(TINY, tiny, jnp.stack([images[1], jnp.zeros_like(images[0])]))
+  np.testing.assert_allclose(other.moments[0], posterior.moments[1], rtol=0, atol=1e-5)
+  again = decode(TINY, tiny, posterior.mean[::-1].at[1].set(0.0))
+  np.testing.assert_allclose(again[0], decoded[1], rtol=0, atol=1e-5)
 
 
-def test_bfloat16_decodes_to_nearly_the_same_image(tiny, golden):
+def test_bfloat16_decodes_as_well_as_its_weights_allow(tiny, golden):
+  exact = golden["decoded"].transpose(0, 2, 3, 1)
+  rounded = jax.tree.map(lambda w: jnp.asarray(w).astype(jnp.bfloat16).astype(jnp.float32), tiny)
   images = decode(TINY, tiny, golden["latents"], jnp.bfloat16)
   assert images.dtype == jnp.float32
-  expected = golden["decoded"].transpose(0, 2, 3, 1)
-  rms = np.sqrt(np.mean((np.asarray(images) - expected) ** 2)) / np.std(expected)
-  assert 1e-4 < rms < 0.02  # rounding to 8 bits in each layer, and no more
+  by_weights = np.std(decode(TINY, rounded, golden["latents"]) - exact)
+  assert 0 < np.std(images - exact) <= 3 * by_weights
 
 
 def test_bfloat16_keeps_norms_and_softmax_in_float32(tiny, golden):

@@ -1,11 +1,12 @@
 """Trains the classifier that judges Fashion-MNIST samples (see `marche_jax/quality.py`).
 
-python tools/train_classifier.py --data=DIR
+python tools/train_classifier.py
 
-reads the IDX files in DIR (Debian's `dataset-fashion-mnist` installs them), trains with random
-flips and shifts, prints the accuracy on the test images, and writes the weights and the feature
+reads the IDX files (of Debian's `dataset-fashion-mnist`, or in --data), trains with random flips
+and shifts, prints the accuracy on the test images, and writes the weights and the feature
 statistics of the training images. The distances printed calibrate the eye: what real test images,
-noise and blur cost.
+noise and blur cost. The shipped weights are those of the default flags: 15 epochs took 6 minutes on
+2 shared CPU cores.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from marche_jax import config as config_lib
 from marche_jax import data, quality
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data", None, "directory of the IDX files", required=True)
+flags.DEFINE_string("data", "", "directory of the IDX files; by default the Debian package's")
 flags.DEFINE_string("out", str(quality.CLASSIFIER_FILE), "file to write (.npz)")
-flags.DEFINE_integer("epochs", 8, "passes over the training images", lower_bound=1)
+flags.DEFINE_integer("epochs", 15, "passes over the training images", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "of the initial weights, the order and the shifts", lower_bound=0)
 
 BATCH = 128

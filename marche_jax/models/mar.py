@@ -88,6 +88,22 @@ class Block(nn.Module):
     q, k, v = jnp.split(self.qkv_proj(self.norm1(x)), 3, axis=-1)
     return q, k, v
 
+  def queries(self, x: jax.Array) -> jax.Array:
+    """[B, N, width] -> queries [B, N, width] alone."""
+    return self._part(x, 0, 1)
+
+  def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, N, width] -> keys and values alone, each [B, N, width]."""
+    k, v = jnp.split(self._part(x, 1, 3), 2, axis=-1)
+    return k, v
+
+  def _part(self, x: jax.Array, first: int, last: int) -> jax.Array:
+    """Some of the packed [query, key, value] projections."""
+    weights = self.qkv_proj.variables["params"]
+    columns = slice(first * self.width, last * self.width)
+    kernel = weights["kernel"][:, columns].astype(self.dtype)
+    return self.norm1(x) @ kernel + weights["bias"][columns].astype(self.dtype)
+
   def attend(
     self,
     x: jax.Array,

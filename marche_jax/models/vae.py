@@ -1,9 +1,9 @@
 """The KL autoencoder between images and latents (arXiv 2112.10752, section 3.1).
 
 Reference: `models/vae.py` of MAR, class AutoencoderKL. Each level of the encoder has residual
-blocks (followed by attention where `attn_resolutions` says so) and halves the feature map, the last
-one excepted; the decoder mirrors it with one residual block more per level and no attention. Between
-them both have a middle of block, attention, block. Level 0 is the highest resolution in both.
+blocks (followed by attention where `attn_resolutions` says so) and, the last one excepted, halves
+the feature map; the decoder mirrors it with one residual block more per level and no attention.
+Both have a middle of block, attention, block. Level 0 is the highest resolution in both.
 
 Outside, images are [B, H, W, 3] in [-1, 1] and latents [B, C, h, w] with h = H / stride, before any
 `latent_scale`; inside, everything is [B, height, width, channels] with kernels HWIO.
@@ -29,10 +29,17 @@ NORM_GROUPS = 32
 NORM_EPSILON = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
-# Exact variance, and float32 whatever the compute dtype: both cost parity otherwise.
-_group_norm = functools.partial(
-  nn.GroupNorm, NORM_GROUPS, epsilon=NORM_EPSILON, use_fast_variance=False, dtype=jnp.float32
-)
+
+def _wide(dtype: Any) -> Any:
+  """The dtype of norms, softmax and results under a compute dtype: float32 at least."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def _group_norm(dtype: Any, name: str) -> nn.GroupNorm:
+  """Exact variance, in float32 even where the compute dtype is narrower: parity needs both."""
+  return nn.GroupNorm(
+    NORM_GROUPS, epsilon=NORM_EPSILON, use_fast_variance=False, dtype=_wide(dtype), name=name
+  )
 
 
 @flax.struct.dataclass
@@ -40,7 +47,7 @@ class Posterior:
   """The diagonal Gaussian over latents that the encoder gives; a pytree.
 
   Attributes:
-    moments: float32 [B, 2C, h, w]: mean, then log-variance as the network gives it (not clamped).
+    moments: [B, 2C, h, w]: mean, then log-variance as the network gives it (not clamped).
   """
 
   moments: jax.Array
@@ -74,8 +81,8 @@ class ResnetBlock(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     conv = functools.partial(nn.Conv, self.width, dtype=self.dtype)
-    h = conv((3, 3), padding=1, name="conv1")(nn.silu(_group_norm(name="norm1")(x)))
-    h = conv((3, 3), padding=1, name="conv2")(nn.silu(_group_norm(name="norm2")(h)))
+    h = conv((3, 3), padding=1, name="conv1")(nn.silu(_group_norm(self.dtype, "norm1")(x)))
+    h = conv((3, 3), padding=1, name="conv2")(nn.silu(_group_norm(self.dtype, "norm2")(h)))
     if x.shape[-1] != self.width:
       x = conv((1, 1), name="nin_shortcut")(x)
     return x + h
@@ -90,9 +97,9 @@ class AttentionBlock(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     b, height, width, c = x.shape
     conv = functools.partial(nn.Conv, c, (1, 1), dtype=self.dtype)
-    h = _group_norm(name="norm")(x)
+    h = _group_norm(self.dtype, "norm")(x)
     q, k, v = (conv(name=name)(h).reshape(b, height * width, c) for name in "qkv")
-    logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) * c**-0.5
+    logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=_wide(self.dtype)) * c**-0.5
     weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
     out = jnp.einsum("bqk,bkc->bqc", weights, v).reshape(x.shape)
     return x + conv(name="proj_out")(out)
@@ -148,7 +155,7 @@ class Encoder(nn.Module):
       if level < len(c.ch_mult) - 1:
         x = Downsample(self.dtype, name=f"down_{level}_downsample")(x)
     x = _middle(x, self.dtype)
-    x = nn.silu(_group_norm(name="norm_out")(x))
+    x = nn.silu(_group_norm(self.dtype, "norm_out")(x))
     return conv(2 * c.z_channels, name="conv_out")(x)
 
 
@@ -168,7 +175,7 @@ class Decoder(nn.Module):
         x = ResnetBlock(c.ch * c.ch_mult[level], self.dtype, name=f"up_{level}_block_{i}")(x)
       if level > 0:
         x = Upsample(self.dtype, name=f"up_{level}_upsample")(x)
-    x = nn.silu(_group_norm(name="norm_out")(x))
+    x = nn.silu(_group_norm(self.dtype, "norm_out")(x))
     return conv(IMAGE_CHANNELS, name="conv_out")(x)
 
 
@@ -177,7 +184,8 @@ class AutoencoderKL(nn.Module):
 
   Attributes:
     config: sizes.
-    dtype: of convolutions and attention products; norms, softmax and what comes out are float32.
+    dtype: of convolutions and attention products; norms, softmax and what comes out have it too,
+      but are float32 where it is narrower.
   """
 
   config: VAEConfig
@@ -204,10 +212,10 @@ class AutoencoderKL(nn.Module):
           f"images {name}={size}: expected a positive multiple of the autoencoder's stride {stride}"
         )
     moments = self.quant_conv(self.encoder(images))
-    return Posterior(moments.transpose(0, 3, 1, 2).astype(jnp.float32))
+    return Posterior(moments.transpose(0, 3, 1, 2).astype(_wide(self.dtype)))
 
   def decode(self, latents: jax.Array) -> jax.Array:
-    """Latents float [B, C, h, w] -> images float32 [B, h * stride, w * stride, 3], about [-1, 1].
+    """Latents float [B, C, h, w] -> images [B, h * stride, w * stride, 3], about [-1, 1].
 
     Raises:
       ValueError: where the shape or dtype differs.
@@ -215,7 +223,7 @@ class AutoencoderKL(nn.Module):
     channels = self.config.embed_dim
     _check_array("latents", latents, f"[batch, {channels}, height, width]", 1, channels)
     x = self.post_quant_conv(latents.transpose(0, 2, 3, 1))
-    return self.decoder(x).astype(jnp.float32)
+    return self.decoder(x).astype(_wide(self.dtype))
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Reconstruction: decodes the posterior's mean; [B, H, W, 3] -> [B, H, W, 3]."""
@@ -226,14 +234,18 @@ def encode(
   config: VAEConfig, params: Params, images: jax.Array, dtype: Any = jnp.float32
 ) -> Posterior:
   """`AutoencoderKL.encode` as a pure function."""
-  return AutoencoderKL(config, dtype).apply({"params": params}, images, method="encode")
+  model = AutoencoderKL(config, dtype)
+  posterior: Any = model.apply({"params": params}, images, method="encode")
+  return posterior
 
 
 def decode(
   config: VAEConfig, params: Params, latents: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
   """`AutoencoderKL.decode` as a pure function."""
-  return AutoencoderKL(config, dtype).apply({"params": params}, latents, method="decode")
+  model = AutoencoderKL(config, dtype)
+  images: Any = model.apply({"params": params}, latents, method="decode")
+  return images
 
 
 def init_params(config: VAEConfig, key: jax.Array) -> Params:

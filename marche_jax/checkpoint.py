@@ -1,0 +1,406 @@
+"""Checkpoints of models: an Orbax directory with its configuration, verified when it is loaded.
+
+    DIR/mar/config.json  DIR/mar/params/   the transformer and its head
+    DIR/vae/config.json  DIR/vae/params/   the autoencoder, where there is one
+
+`config.json` holds the format, the model configuration, the dtype of the stored parameters, the
+default sampling configuration and the SHA-256 of every file in `params/`; its own last entry is the
+SHA-256 of the rest. So a truncated or altered file is refused instead of being sampled from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from marche_jax import config as config_lib
+from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
+from marche_jax.models import mar, vae
+
+Params = Any
+PathLike = str | os.PathLike[str]
+
+FORMAT = 1
+DTYPES = ("float32", "float16", "bfloat16")
+
+# What the transformer computes at sampling time does not depend on these.
+_TRAINING_FIELDS = frozenset(
+  ("mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "diffusion_batch_mul")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+  """One part of a checkpoint: its configuration class and the parameters that go with it."""
+
+  config_class: type
+  abstract_params: Callable[[Any], Params]
+
+
+KINDS = {
+  "mar": Kind(ModelConfig, mar.abstract_params),
+  "vae": Kind(VAEConfig, vae.abstract_params),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """All that sampling needs.
+
+  Attributes:
+    config: sizes of the transformer and its head.
+    params: their float32 parameters (`marche_jax.models.mar`).
+    vae_config: of the autoencoder; None where the checkpoint has none (pixel space).
+    vae_params: its float32 parameters (`marche_jax.models.vae`), or None.
+    sample_config: the model's own default; None where none was stored.
+  """
+
+  config: ModelConfig
+  params: Params
+  vae_config: VAEConfig | None = None
+  vae_params: Params | None = None
+  sample_config: SampleConfig | None = None
+
+
+def abstract_params(kind: str, config: Any) -> Params:
+  """Shapes of a kind's ('mar', 'vae') parameters: nested dict of float32 ShapeDtypeStruct."""
+  _check_kind(kind)
+  return KINDS[kind].abstract_params(config)
+
+
+def save_model(
+  directory: PathLike,
+  kind: str,
+  config: ModelConfig | VAEConfig,
+  params: Params,
+  *,
+  sample_config: SampleConfig | None = None,
+  dtype: str = "float32",
+  overwrite: bool = False,
+) -> None:
+  """Stores one kind of parameters; the other kind in the same directory stays as it is.
+
+  Everything is written to a temporary sibling that is then renamed: whatever goes wrong, the
+  destination is as it was before. Contiguous host arrays of the stored dtype are not copied.
+
+  Args:
+    directory: of the checkpoint; made where it does not exist.
+    kind: 'mar' or 'vae'.
+    config: that the parameters belong to.
+    params: nested dict of floating-point arrays, as `abstract_params(kind, config)`.
+    sample_config: the model's default (kind 'mar').
+    dtype: to store in: float32, float16 or bfloat16. Loading always gives float32.
+    overwrite: replace a kind that is there already.
+
+  Raises:
+    ValueError: parameters that do not belong to the configuration, a value that overflows the
+      dtype, an autoencoder that does not fit the transformer beside it, a kind that is there
+      already, a directory that cannot be written or has too little space.
+  """
+  _check_kind(kind)
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+  if not isinstance(config, KINDS[kind].config_class):
+    raise ValueError(f"config={config!r}: expected a {KINDS[kind].config_class.__name__}")
+  _check_tree(params, abstract_params(kind, config), "params")
+  check_destination(directory, kind, config, overwrite)
+  with _written_aside(pathlib.Path(directory).absolute(), kind, params, dtype) as aside:
+    _save_params(aside / "params", params, dtype)
+    body = {
+      "format": FORMAT,
+      "kind": kind,
+      "dtype": dtype,
+      "config": dataclasses.asdict(config),
+      "sample": None if sample_config is None else dataclasses.asdict(sample_config),
+      "files": {
+        str(p.relative_to(aside).as_posix()): {"bytes": p.stat().st_size, "sha256": _sha256(p)}
+        for p in sorted(aside.rglob("*"))
+        if p.is_file()
+      },
+    }
+    (aside / "config.json").write_text(_sealed(body))
+
+
+def check_destination(
+  directory: PathLike, kind: str, config: ModelConfig | VAEConfig, overwrite: bool = False
+) -> None:
+  """Raises ValueError where `save_model` would refuse the place: for a check before long work."""
+  _check_kind(kind)
+  if _has_kind(directory, kind) and not overwrite:
+    raise ValueError(f"{directory}: holds a {kind!r} already; overwrite it explicitly")
+  _check_beside(directory, kind, config)
+
+
+def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
+  """Loads what `save_model` stored, verified, as float32 arrays on the default device.
+
+  Args:
+    directory: of the checkpoint.
+    config: the configuration that the caller wants to use. It must agree with the stored one in
+      all that shapes the samples; what only training uses (dropout, ...) is taken from it.
+
+  Raises:
+    ValueError: no directory, no checkpoint, a truncated or altered file, a later format, or
+      a `config` that does not fit (the message names the fields).
+  """
+  body = _read_config(directory, "mar")
+  stored = body["config"]
+  if config is not None:
+    _check_fits(directory, config, stored)
+  vae_body = _read_config(directory, "vae") if _has_kind(directory, "vae") else None
+  if vae_body is not None:
+    with _named(directory):
+      config_lib.check_vae(stored, vae_body["config"])
+  return Model(
+    config=stored if config is None else config,
+    params=_to_device(_load_params(directory, body)),
+    vae_config=None if vae_body is None else vae_body["config"],
+    vae_params=None if vae_body is None else _to_device(_load_params(directory, vae_body)),
+    sample_config=body["sample"],
+  )
+
+
+def load_part(directory: PathLike, kind: str) -> tuple[Any, Params]:
+  """One kind of a checkpoint: its configuration and its float32 parameters as numpy arrays.
+
+  Raises:
+    ValueError: as `load_model`.
+  """
+  _check_kind(kind)
+  body = _read_config(directory, kind)
+  return body["config"], _load_params(directory, body)
+
+
+# ---- writing
+
+
+def _save_params(path: pathlib.Path, params: Params, dtype: str) -> None:
+  context = ocp.Context()
+  # Float parameters hardly compress, and compressing or cutting them into chunks copies them:
+  # peak memory 3.0x of the weights with Orbax's defaults (MAR-B), 1.1x with these.
+  context.array.saving.use_compression = False
+  context.memory.deepcopy_host_arrays = False
+  arrays = jax.tree_util.tree_map_with_path(lambda p, leaf: _as_stored(p, leaf, dtype), params)
+  with context:
+    ocp.save(path, arrays)
+  # Orbax writes the absolute path of the checkpoint here; only the file's presence counts.
+  (path / "commit_success.txt").write_text("committed\n")
+
+
+def _as_stored(path: Any, leaf: Any, dtype: str) -> np.ndarray:
+  array = np.asarray(leaf)
+  if array.dtype == jnp.dtype(dtype):
+    return np.ascontiguousarray(array)
+  with np.errstate(over="ignore"):
+    cast = array.astype(jnp.dtype(dtype))
+  if not np.isfinite(cast).all():
+    raise ValueError(f"{_path_name(path)}: not finite once cast from {array.dtype} to {dtype}")
+  return cast
+
+
+@contextlib.contextmanager
+def _written_aside(
+  root: pathlib.Path, kind: str, params: Params, dtype: str
+) -> Iterator[pathlib.Path]:
+  """Gives a temporary directory that becomes `root / kind` if the body succeeds."""
+  target = root / kind
+  missing = [p for p in (root, *root.parents) if not p.exists()]
+  aside = None
+  try:
+    try:
+      root.mkdir(parents=True, exist_ok=True)
+      aside = root / f".{target.name}.{uuid.uuid4().hex}"
+      aside.mkdir()
+      free = shutil.disk_usage(root).free
+    except OSError as error:
+      raise ValueError(f"{root}: cannot be written ({error})") from error
+    size = jnp.dtype(dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
+    if size > free:
+      raise ValueError(f"{root}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+    yield aside
+    if os.path.lexists(target):
+      old = aside.with_name(aside.name + ".old")
+      target.rename(old)
+      try:
+        aside.rename(target)
+      except BaseException:
+        old.rename(target)
+        raise
+      shutil.rmtree(old, ignore_errors=True)
+    else:
+      aside.rename(target)
+  except BaseException:
+    if aside is not None:
+      shutil.rmtree(aside, ignore_errors=True)
+    for path in missing:  # innermost first; only what this call made, and only while empty
+      with contextlib.suppress(OSError):
+        path.rmdir()
+    raise
+
+
+def _sealed(body: dict[str, Any]) -> str:
+  """The text of config.json: the body and, last, the SHA-256 of the body alone."""
+  text = json.dumps(body, indent=1)
+  digest = hashlib.sha256(text.encode()).hexdigest()
+  return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
+
+
+# ---- reading
+
+
+def _has_kind(directory: PathLike, kind: str) -> bool:
+  return os.path.lexists(pathlib.Path(directory) / kind)
+
+
+def _read_config(directory: PathLike, kind: str) -> dict[str, Any]:
+  """The verified config.json of a kind, with its configurations built."""
+  root = pathlib.Path(directory)
+  path = root / kind / "config.json"
+  if not root.is_dir():
+    raise ValueError(f"checkpoint {directory}: no such directory")
+  if not path.is_file():
+    raise ValueError(
+      f"checkpoint {directory}: not a {kind!r} checkpoint, {kind}/config.json is missing"
+    )
+  try:
+    text = path.read_bytes().decode()
+    body = json.loads(text)
+    found = isinstance(body, dict) and body.pop("sha256", None)
+    # The text must be the one that was written, to the byte.
+    intact = bool(found) and _sealed(body) == text
+  except (OSError, ValueError, RecursionError) as error:
+    raise ValueError(f"checkpoint {directory}: {kind}/config.json is damaged ({error})") from error
+  if not intact:
+    raise ValueError(f"checkpoint {directory}: {kind}/config.json is damaged or was edited")
+  with _named(directory):
+    if body["format"] != FORMAT:
+      raise ValueError(f"format={body['format']!r}: expected {FORMAT}")
+    if body["kind"] != kind:
+      raise ValueError(f"{kind}/config.json kind={body['kind']!r}: expected {kind!r}")
+    body["config"] = _build(KINDS[kind].config_class, body["config"])
+    body["sample"] = None if body["sample"] is None else _build(SampleConfig, body["sample"])
+  return body
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+  """A configuration; fields that are younger than the checkpoint take their defaults."""
+  return config_lib.from_dict(cls, {**dataclasses.asdict(cls()), **values})
+
+
+def _load_params(directory: PathLike, body: dict[str, Any]) -> Params:
+  """Verifies every file, then restores: nested dict of float32 numpy arrays."""
+  kind = body["kind"]
+  base = pathlib.Path(directory) / kind
+  for name, expected in body["files"].items():
+    path = base / name
+    if not path.is_file():
+      raise ValueError(f"checkpoint {directory}: {kind}/{name} is missing")
+    if (size := path.stat().st_size) != expected["bytes"]:
+      raise ValueError(
+        f"checkpoint {directory}: {kind}/{name} has {size} bytes, expected {expected['bytes']}"
+      )
+    if _sha256(path) != expected["sha256"]:
+      raise ValueError(f"checkpoint {directory}: {kind}/{name} is damaged (SHA-256 differs)")
+  dtype = jnp.dtype(body["dtype"])
+  expected_params = abstract_params(kind, body["config"])
+  request = jax.tree.map(lambda leaf: _HostArray(leaf.shape, dtype), expected_params)
+  with _named(directory):
+    params = ocp.load(base.absolute() / "params", request)
+    _check_tree(params, expected_params, kind)  # Orbax checks the names, of numpy arrays no shape
+  leaves, treedef = jax.tree.flatten(params)
+  del params
+  for i, leaf in enumerate(leaves):
+    leaves[i] = leaf.astype(np.float32, copy=False)
+  return jax.tree.unflatten(treedef, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HostArray:
+  """Asks Orbax for a numpy array (a ShapeDtypeStruct asks for a jax.Array with a sharding)."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def _to_device(params: Params) -> Params:
+  leaves, treedef = jax.tree.flatten(params)
+  del params
+  for i, leaf in enumerate(leaves):  # one by one, so that a leaf is held twice, never the tree
+    leaves[i] = jnp.asarray(leaf)
+  return jax.tree.unflatten(treedef, leaves)
+
+
+# ---- checks
+
+
+def _check_kind(kind: str) -> None:
+  if kind not in KINDS:
+    raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
+
+
+def _check_fits(directory: PathLike, config: ModelConfig, stored: ModelConfig) -> None:
+  differing = [
+    f"model.{f.name}={getattr(config, f.name)!r}, stored {getattr(stored, f.name)!r}"
+    for f in dataclasses.fields(ModelConfig)
+    if f.name not in _TRAINING_FIELDS and getattr(config, f.name) != getattr(stored, f.name)
+  ]
+  if differing:
+    raise ValueError(f"checkpoint {directory} does not fit the config: {'; '.join(differing)}")
+
+
+def _check_beside(root: PathLike, kind: str, config: Any) -> None:
+  """A transformer and an autoencoder in one directory must fit each other."""
+  other = "vae" if kind == "mar" else "mar"
+  if not _has_kind(root, other):
+    return
+  beside = _read_config(root, other)["config"]
+  with _named(root):
+    config_lib.check_vae(*((config, beside) if kind == "mar" else (beside, config)))
+
+
+def _check_tree(params: Params, expected: Params, name: str) -> None:
+  """Refuses parameters whose names or shapes are not the expected ones, or that are not floats."""
+  found = {_path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  wanted = {_path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(expected)}
+  for path in sorted(set(found) | set(wanted)):
+    if path not in wanted:
+      raise ValueError(f"{name}: unknown parameter {path} of shape {np.shape(found[path])}")
+    if path not in found:
+      raise ValueError(f"{name}: missing parameter {path} of shape {wanted[path].shape}")
+    if tuple(np.shape(found[path])) != tuple(wanted[path].shape):
+      raise ValueError(
+        f"{name}: {path} has shape {np.shape(found[path])}, expected {wanted[path].shape}"
+      )
+    if not jnp.issubdtype(found[path].dtype, jnp.floating):
+      raise ValueError(f"{name}: {path} has dtype {found[path].dtype}, expected a float")
+
+
+def _path_name(path: Any) -> str:
+  return "/".join(str(getattr(key, "key", key)) for key in path)
+
+
+@contextlib.contextmanager
+def _named(directory: PathLike) -> Iterator[None]:
+  """Turns what goes wrong inside into a ValueError that names the checkpoint."""
+  try:
+    yield
+  except Exception as error:
+    raise ValueError(f"checkpoint {directory}: {error}") from error
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()

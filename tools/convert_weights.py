@@ -1,0 +1,88 @@
+r"""Converts the PyTorch reference's weights into a checkpoint of this project, or back.
+
+    python tools/convert_weights.py --kind=mar --src=checkpoint-last.pth --dst=DIR \
+      --config=configs/mar_base.py
+    python tools/convert_weights.py --kind=vae --src=kl16.ckpt --dst=DIR \
+      --config=configs/mar_base.py
+    python tools/convert_weights.py --kind=mar --reverse --src=DIR --dst=mar.safetensors
+
+Both kinds go into the same DIR, which is then all that sampling needs. Reading `.pth` and `.ckpt`
+needs torch, reading `.safetensors` needs safetensors: pip install "marche_jax[convert]".
+"""
+
+from __future__ import annotations
+
+import collections
+import time
+from typing import Any
+
+import jax
+from absl import flags as absl_flags
+
+from marche_jax import checkpoint, convert, flags
+
+_KIND = absl_flags.DEFINE_enum("kind", "mar", ["mar", "vae"], "The transformer or the autoencoder.")
+_SRC = absl_flags.DEFINE_string(
+  "src", None, "File of the reference (.pth, .ckpt, .safetensors); with --reverse a checkpoint.",
+  required=True,
+)  # fmt: skip
+_DST = absl_flags.DEFINE_string(
+  "dst", None, "Checkpoint directory; with --reverse a .safetensors file.", required=True
+)
+_WEIGHTS = absl_flags.DEFINE_enum(
+  "weights", "ema", ["ema", "model"], "Which of the two sets in a MAR .pth; others hold one set."
+)
+_REVERSE = absl_flags.DEFINE_bool("reverse", False, "From a checkpoint to .safetensors.")
+_OVERWRITE = absl_flags.DEFINE_bool("overwrite", False, "Replace what --dst holds already.")
+flags.define_config()
+
+
+def _report(start: float, params: Any) -> None:
+  leaves = jax.tree.leaves(params)
+  count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
+  print(
+    f"{count:,} parameters, {size / 1e9:.3f} GB in float32, {time.monotonic() - start:.1f} s: "
+    f"{_DST.value}"
+  )
+
+
+def _progress(done: int, total: int) -> None:
+  if done == total or done * 10 // total > (done - 1) * 10 // total:
+    print(f"  {done}/{total} tensors", flush=True)
+
+
+def _forward(start: float) -> None:
+  config = flags.parsed_config()
+  part = config.model if _KIND.value == "mar" else config.vae
+  if part is None:
+    raise ValueError(f"--kind=vae: the config {config.name!r} has no autoencoder (vae=None)")
+  checkpoint.check_destination(_DST.value, _KIND.value, part, _OVERWRITE.value)
+  tensors = convert.open_weights(_SRC.value, _KIND.value, _WEIGHTS.value)
+  print(f"{_SRC.value}: {len(tensors)} tensors", flush=True)
+  if not _SRC.value.endswith(".safetensors") and not convert.is_mappable(_SRC.value):
+    print("  an old torch format that cannot be mapped: the whole file was read into memory")
+  params = convert.convert(tensors, _KIND.value, part, _progress)
+  for dtype, count in collections.Counter(t.dtype for t in tensors.values()).items():
+    if dtype != "float32":
+      print(f"  {count} tensors were {dtype} and are stored as float32")
+  checkpoint.save_model(
+    _DST.value, _KIND.value, part, params, overwrite=_OVERWRITE.value,
+    sample_config=config.sample if _KIND.value == "mar" else None,
+  )  # fmt: skip
+  _report(start, params)
+
+
+def _reverse(start: float) -> None:
+  config, params = checkpoint.load_part(_SRC.value, _KIND.value)
+  convert.write_safetensors(_DST.value, _KIND.value, config, params, _OVERWRITE.value)
+  _report(start, params)
+
+
+def main() -> None:
+  jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
+  start = time.monotonic()
+  (_reverse if _REVERSE.value else _forward)(start)
+
+
+if __name__ == "__main__":
+  flags.run(main)
