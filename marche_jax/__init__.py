@@ -1,5 +1,9 @@
 """MAR in JAX, accelerated without training by MARché."""
 
+from marche_jax.checkpoint import Model, load_model, save_model
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.generate import generate, to_images
 
-__all__ = ["ModelConfig", "SampleConfig"]
+__all__ = [
+  "Model", "ModelConfig", "SampleConfig", "generate", "load_model", "save_model", "to_images",
+]  # fmt: skip

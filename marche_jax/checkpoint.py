@@ -141,6 +141,10 @@ def check_destination(
   _check_kind(kind)
   if _has_kind(directory, kind) and not overwrite:
     raise ValueError(f"{directory}: holds a {kind!r} already; overwrite it explicitly")
+  root = pathlib.Path(directory).absolute()
+  existing = next(p for p in (root, *root.parents) if p.exists())
+  if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    raise ValueError(f"{directory}: cannot be written, {existing} is no writable directory")
   _check_beside(directory, kind, config)
 
 

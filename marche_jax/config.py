@@ -177,7 +177,7 @@ class SampleConfig:
 class DataConfig:
   """Where training images come from."""
 
-  source: str = "idx"  # idx (MNIST-style files), folder (one subfolder per class) or latents (.npz)
+  source: str = "idx"  # idx (MNIST-style files), folder (one subfolder per class) or latents (.npy)
   path: str = ""  # idx: directory of the files; folder: root of the images; latents: directory
   split: str = "train"  # idx only: train or t10k
   on_error: str = "raise"  # folder only, on a broken image: raise or skip (named either way)

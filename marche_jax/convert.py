@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -191,10 +192,14 @@ def read_torch(path: PathLike, weights: str = "ema") -> dict[str, Tensor]:
     str(name): Tensor(
       tuple(tensor.shape),
       str(tensor.dtype).removeprefix("torch."),
-      lambda tensor=tensor: tensor.detach().float().numpy(),  # a view where it is float32
+      functools.partial(_torch_values, tensor),
     )
     for name, tensor in state.items()
   }
+
+
+def _torch_values(tensor: Any) -> np.ndarray:
+  return tensor.detach().float().numpy()  # a view where it is float32
 
 
 def read_safetensors(path: PathLike) -> dict[str, Tensor]:
@@ -213,10 +218,14 @@ def read_safetensors(path: PathLike) -> dict[str, Tensor]:
     name: Tensor(
       tuple(part.get_shape()),
       _SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()),
-      lambda name=name: file.get_tensor(name).astype(np.float32, copy=False),
+      functools.partial(_safetensors_values, file, name),
     )
     for name, part in slices.items()
   }
+
+
+def _safetensors_values(file: Any, name: str) -> np.ndarray:
+  return file.get_tensor(name).astype(np.float32, copy=False)
 
 
 # ---- conversion

@@ -12,11 +12,13 @@ if __name__ == "__main__":
 
 from __future__ import annotations
 
+import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -45,8 +47,8 @@ def parsed_config() -> Config:
   """
   try:
     config = flags.FLAGS.config
-  except OSError as error:  # the file could not be read; the reason is the last of several lines
-    raise ValueError(f"--config: {str(error).splitlines()[-1].strip()}") from error
+  except OSError as error:
+    raise ValueError(_unreadable(error)) from error
   if config is None:
     raise ValueError("--config: expected a file such as configs/mar_base.py, found none")
   if getattr(config, "frozen_class", None) is not Config:
@@ -57,7 +59,24 @@ def parsed_config() -> Config:
   return config_lib.freeze(config)
 
 
-def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn:
+def define_compilation_cache() -> None:
+  """Defines `--compilation_cache=DIR`."""
+  flags.DEFINE_string(
+    "compilation_cache",
+    str(pathlib.Path.home() / ".cache" / "marche_jax"),
+    "Where compiled programs are kept for the next start; '' keeps none.",
+  )
+
+
+def enable_compilation_cache() -> None:
+  """Makes jax keep compiled programs where `--compilation_cache` says."""
+  directory = flags.FLAGS.compilation_cache
+  if directory:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def run(main: Callable[[], None]) -> NoReturn:
   """Parses the flags, calls `main` and exits; a mistake of the user is one line and exit code 1.
 
   What counts as such are ValueError, OSError and ImportError; --verbosity=1 shows their traceback.
@@ -66,8 +85,8 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
   def checked(rest: list[str]) -> None:
     if len(rest) > 1:
       _fail(f"unexpected argument {rest[1]!r}: flags look like --name=value")
-    if flags.FLAGS["verbosity"].using_default_value:
-      logging.set_verbosity(logging.WARNING)  # Orbax is talkative
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # app.run sets INFO, and Orbax is talkative
     try:
       main()
     except (ValueError, OSError, ImportError) as error:
@@ -75,7 +94,7 @@ def run(main: Callable[[], None], argv: Sequence[str] | None = None) -> NoReturn
         raise
       _fail(error)
 
-  app.run(checked, argv=argv, flags_parser=_parse)
+  app.run(checked, flags_parser=_parse)
   raise AssertionError("app.run exits")
 
 
@@ -90,8 +109,15 @@ def _parse(argv: list[str]) -> list[str]:
     field = unknown[1] or unknown[2]
     given = [a.split("=")[0] for a in argv if re.match(rf"--?config\.(\w+\.)*{field}\b", a)]
     _fail(f"unknown configuration field: {given[0] if given else field}")
-  except (flags.Error, OSError) as error:
+  except OSError as error:
+    _fail(_unreadable(error))
+  except flags.Error as error:
     _fail(error)
+
+
+def _unreadable(error: OSError) -> str:
+  """ml_collections' message about a file has several lines; the last one is the reason."""
+  return f"--config: {str(error).splitlines()[-1]}"
 
 
 def _fail(message: Any) -> NoReturn:

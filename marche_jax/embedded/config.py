@@ -1,0 +1,45 @@
+"""The embedded model: Fashion-MNIST in pixel space, 49 tokens of 4x4 pixels."""
+
+from marche_jax import config as config_lib
+
+
+def get_config():
+  """Returns a mutable `marche_jax.config.Config`."""
+  return config_lib.mutable(
+    config_lib.Config(
+      name="fashion_mnist",
+      model=config_lib.ModelConfig(
+        img_size=28,
+        vae_stride=1,
+        patch_size=4,
+        vae_embed_dim=1,
+        encoder_embed_dim=128,
+        encoder_depth=4,
+        encoder_num_heads=4,
+        decoder_embed_dim=128,
+        decoder_depth=4,
+        decoder_num_heads=4,
+        class_num=10,
+        buffer_size=8,
+        diffloss_d=3,
+        diffloss_w=192,
+        diffusion_batch_mul=2,
+        attn_dropout=0.0,
+        proj_dropout=0.0,
+        latent_scale=1.0,
+      ),
+      vae=None,
+      sample=config_lib.SampleConfig(num_iter=32, cfg=2.0, num_sampling_steps=50, max_timestep=950),
+      data=config_lib.DataConfig(source="idx", flip=False),
+      train=config_lib.TrainConfig(
+        batch_size=64,
+        epochs=20,
+        blr=2.4e-3,
+        warmup_epochs=1,
+        ema_rate=0.999,
+        log_every=50,
+        checkpoint_every=500,
+        sample_every=2000,
+      ),
+    )
+  )

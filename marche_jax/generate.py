@@ -1,0 +1,257 @@
+"""The library call: labels in, latents out."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from marche_jax import sampler
+from marche_jax.checkpoint import Model
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.images import to_uint8
+from marche_jax.models import vae
+from marche_jax.models.mar import Params, unpatchify
+from marche_jax.plan import DecodePlan
+from marche_jax.policies import make_plan
+
+VAE_BATCH = 8
+"""Images that the autoencoder decodes at a time."""
+
+
+class NonFiniteLatentsError(ValueError):
+  """An iteration sampled NaN or infinite tokens."""
+
+
+class Decoder:
+  """A plan made ready to run, in pieces of a few iterations that report progress in between.
+
+  Attributes:
+    plan: what it runs.
+    chunk: iterations per call of the compiled program.
+  """
+
+  def __init__(
+    self,
+    plan: DecodePlan,
+    *,
+    dtype: Any = jnp.float32,
+    head_dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    chunk: int | None = None,
+  ) -> None:
+    """Args: plan; dtypes as in `sampler.decode`; mesh: shard images over its `data` axis."""
+    self.plan = plan
+    self.chunk = len(plan.rows) if chunk is None else min(chunk, len(plan.rows))
+    self._rows, self._tables = sampler.plan_rows(plan)
+    static = {
+      "config": plan.config, "shapes": plan.shapes, "dtype": dtype, "head_dtype": head_dtype
+    }  # fmt: skip
+    self._decode: Callable = (
+      functools.partial(sampler.jitted_decode, **static)
+      if mesh is None
+      else sampler.sharded_decode(mesh, **static)
+    )
+    self._lower = functools.partial(
+      (sampler.jitted_decode if mesh is None else self._decode).lower,  # type: ignore[attr-defined]
+      **(static if mesh is None else {}),
+    )
+
+  def compile(self, params: Params, batch_size: int) -> float:
+    """Compiles for a batch size ahead of the first call; returns the seconds it took."""
+    c = self.plan.config
+    state = sampler.DecodeState(
+      jax.ShapeDtypeStruct((batch_size, c.seq_len, c.token_dim), jnp.float32),
+      jax.ShapeDtypeStruct((batch_size, c.seq_len), jnp.int32),
+    )
+    keys = jax.eval_shape(
+      lambda: sampler.image_keys(jax.random.key(0), jnp.arange(batch_size))
+    )
+    inputs = sampler.Inputs(jax.ShapeDtypeStruct((batch_size,), jnp.int32), keys)
+    start = time.perf_counter()
+    _, rows = next(sampler.chunks(self._rows, self.chunk))
+    self._decode = self._lower(params, state, rows, self._tables, inputs).compile()
+    return time.perf_counter() - start
+
+  def __call__(
+    self,
+    params: Params,
+    state: sampler.DecodeState,
+    inputs: sampler.Inputs,
+    progress: Callable[[int], None] | None = None,
+  ) -> jax.Array:
+    """Runs the plan; `progress` is told how many iterations were just done.
+
+    Returns:
+      tokens, float32 [B, S, C].
+
+    Raises:
+      NonFiniteLatentsError: names the iteration and the images (by place in the batch).
+    """
+    done, noise = 0, inputs.noise
+    for end, rows in sampler.chunks(self._rows, self.chunk):
+      if noise is not None:
+        pad = self.chunk - (end - done)
+        part = lambda x, s=done, e=end, p=pad: np.pad(  # noqa: E731
+          x[s:e], ((0, p),) + ((0, 0),) * (x.ndim - 1)
+        )
+        inputs = inputs.replace(noise=jax.tree.map(part, noise))
+      state, finite, _ = self._decode(params, state, rows, self._tables, inputs)
+      bad = ~np.asarray(finite)[: end - done]
+      if bad.any():
+        k = int(bad.any(axis=1).argmax())
+        raise NonFiniteLatentsError(
+          f"non-finite latents at iteration {done + k} of {len(self.plan.rows)}, in "
+          f"{int(bad[k].sum())} of {bad.shape[1]} images. At timestep 999 the cosine schedule "
+          "multiplies errors of the head by 2e4, which an undertrained head does not survive: try "
+          "sample.max_timestep=950, float32, or a lower sample.cfg."
+        )
+      if progress is not None:
+        progress(end - done)
+      done = end
+    return state.tokens
+
+
+def generate(
+  model: Model,
+  labels: Any,
+  key: jax.Array,
+  sample_config: SampleConfig | None = None,
+  *,
+  image_ids: Any = None,
+  order: Any = None,
+  noise: tuple[Any, Any] | None = None,
+  known: tuple[Any, Any] | None = None,
+) -> jax.Array:
+  """Samples one image per label.
+
+  Image i depends on (key, image_ids[i], labels[i]) alone, not on the batch it is in.
+
+  Args:
+    model: of `marche_jax.load_model`.
+    labels: int [B], in [0, class_num).
+    key: of the run, `jax.random.key(seed)`.
+    sample_config: default: the model's own, else `SampleConfig()`.
+    image_ids: int [B], the images' numbers; default 0 to B - 1.
+    order: int [B, S], a permutation of the tokens per image, revealed from its end; default random.
+    noise: replays recorded noise: (initial [num_iter, B, S, C], steps [num_iter, T, B, S, C]),
+      index 0 of T being the first executed step.
+    known: (tokens [B, S, C], mask [B, S], 1 where unknown): tokens to keep, for inpainting; the
+      same number of them in every image. They come last in the order.
+
+  Returns:
+    Scaled latents, float32 [B, channels, h, w]; `to_images` turns them into pixels.
+
+  Raises:
+    ValueError: for an argument of the wrong shape or range; names it.
+    NonFiniteLatentsError: (a ValueError) names the iteration.
+  """
+  config = model.config
+  sample_config = sample_config or model.sample_config or SampleConfig()
+  labels = check_labels(labels, config)
+  batch = len(labels)
+  ids = np.arange(batch) if image_ids is None else _array("image_ids", image_ids, (batch,), "iu")
+  keys = sampler.image_keys(key, jnp.asarray(ids, jnp.uint32))
+  state, num_known = initial_state(config, keys, order, known)
+  plan = make_plan(config, sample_config, num_known)
+  recorded = None
+  if noise is not None:
+    steps = len(plan.processes[0].timesteps)
+    shape = (len(plan.rows), batch, config.seq_len, config.token_dim)
+    recorded = sampler.Noise(
+      _array("noise[0]", noise[0], shape, "f"),
+      _array("noise[1]", noise[1], (shape[0], steps, *shape[1:]), "f"),
+    )
+  tokens = Decoder(plan)(model.params, state, sampler.Inputs(labels, keys, recorded))
+  return unpatchify(tokens, config)
+
+
+def initial_state(
+  config: ModelConfig, keys: jax.Array, order: Any = None, known: tuple[Any, Any] | None = None
+) -> tuple[sampler.DecodeState, int]:
+  """The state before the first iteration, and how many tokens are known in it.
+
+  Arguments and errors as in `generate`; keys [B] of `sampler.image_keys`.
+  """
+  batch, s, c = keys.shape[0], config.seq_len, config.token_dim
+  if order is None:
+    order = sampler.random_order(keys, s)
+  else:
+    order = _array("order", order, (batch, s), "iu")
+    if not (np.sort(order, axis=1) == np.arange(s)).all():
+      raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
+    order = jnp.asarray(order, jnp.int32)
+  if known is None:
+    return sampler.DecodeState(jnp.zeros((batch, s, c)), order), 0
+  tokens = _array("known[0]", known[0], (batch, s, c), "f")
+  mask = _array("known[1]", known[1], (batch, s), "iufb") != 0
+  counts = (~mask).sum(axis=1)
+  if not (counts == counts[0]).all() or counts[0] == s:
+    raise ValueError(
+      f"known[1]: found {sorted(set(counts.tolist()))} known tokens, expected the same number, "
+      f"below {s}, in every image"
+    )
+  is_known = jnp.take_along_axis(jnp.asarray(~mask), order, axis=1)
+  last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
+  order = jnp.take_along_axis(order, last, axis=1)
+  tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(tokens, jnp.float32))
+  return sampler.DecodeState(tokens, order), int(counts[0])
+
+
+def check_labels(labels: Any, config: ModelConfig) -> np.ndarray:
+  """Labels as int32 [B]; ValueError where one is out of range."""
+  labels = np.asarray(labels)
+  if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iu":
+    raise ValueError(f"labels={labels!r}: expected a non-empty list of integers")
+  wrong = labels[(labels < 0) | (labels >= config.class_num)]
+  if wrong.size:
+    raise ValueError(f"labels: found {wrong[0]}, expected 0 to {config.class_num - 1}")
+  return labels.astype(np.int32)
+
+
+def to_images(model: Model, latents: jax.Array) -> np.ndarray:
+  """Scaled latents [B, channels, h, w] -> images uint8 [B, H, W, channels].
+
+  Raises:
+    ValueError: where the model needs an autoencoder and the checkpoint holds none.
+  """
+  latents = latents / model.config.latent_scale
+  if model.config.vae_stride == 1:
+    return to_uint8(np.asarray(latents.transpose(0, 2, 3, 1)))
+  if model.vae_config is None:
+    raise ValueError(
+      "the checkpoint holds no autoencoder: add it with tools/convert_weights.py --kind=vae "
+      "--src=FILE --dst=DIR, DIR being the checkpoint's directory"
+    )
+  decoded = [
+    to_uint8(np.asarray(_decode_images(model.vae_config, model.vae_params, part)))
+    for part in _padded_parts(np.asarray(latents), VAE_BATCH)
+  ]
+  return np.concatenate(decoded)[: len(latents)]
+
+
+_decode_images = jax.jit(vae.decode, static_argnums=0)
+
+
+def _padded_parts(x: np.ndarray, size: int) -> list[np.ndarray]:
+  """Parts of exactly `size` rows, so that one program serves them all; short batches stay short."""
+  size = min(size, len(x))
+  pad = -len(x) % size
+  x = np.concatenate([x, np.repeat(x[-1:], pad, axis=0)])
+  return [x[i : i + size] for i in range(0, len(x), size)]
+
+
+def _array(name: str, value: Any, shape: tuple[int, ...], kinds: str) -> np.ndarray:
+  array = np.asarray(value)
+  if array.shape != shape or array.dtype.kind not in kinds:
+    wanted = "integers" if "f" not in kinds else "numbers"
+    raise ValueError(
+      f"{name}: found {array.dtype} {list(array.shape)}, expected {wanted} of shape {list(shape)}"
+    )
+  return array

@@ -1,0 +1,276 @@
+"""`python -m marche_jax.sample`: draws images and writes them to `--out`.
+
+Without a flag it samples the embedded Fashion-MNIST model. Finished batches are kept in
+`--out/partial` until the end, so a run that was interrupted and is started again with the same
+settings goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import math
+import pathlib
+import shutil
+import sys
+import time
+import zipfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from marche_jax import checkpoint, generate, sampler
+from marche_jax import flags as flags_lib
+from marche_jax.checkpoint import Model
+from marche_jax.config import SampleConfig
+from marche_jax.embedded import CHECKPOINT, CONFIG
+from marche_jax.images import atomic_write, check_writable, grid, write_png
+from marche_jax.models.mar import unpatchify
+from marche_jax.policies import make_plan
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint directory; default: embedded.")
+_OUT = flags.DEFINE_string("out", "samples", "Directory for samples.npz, grid.png, report.json.")
+_NUM_IMAGES = flags.DEFINE_integer(
+  "num_images", None, "Images to draw; default: one per entry of --labels, else 100."
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 50, "Images per batch, over all devices.")
+_LABELS = flags.DEFINE_list(
+  "labels", None, "Classes, repeated in turn; default: all of them, equally often, in order."
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i, label) alone.")
+_POLICY = flags.DEFINE_string("policy", None, "Short for --config.sample.policy.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
+)
+_SAVE_LATENTS = flags.DEFINE_bool("save_latents", False, "Also store latents in samples.npz.")
+_PRINT_PLAN = flags.DEFINE_bool("print_plan", False, "Print the plan and stop.")
+flags_lib.define_config(str(CONFIG))
+flags_lib.define_compilation_cache()
+
+
+def choose_labels(labels: list[int] | None, num_images: int, class_num: int) -> np.ndarray:
+  """Label of every image, int [num_images]: the given ones in turn, or each class equally often."""
+  if labels is not None:
+    return np.resize(np.asarray(labels), num_images)
+  return np.arange(num_images) * class_num // num_images
+
+
+def run(
+  model: Model,
+  sample_config: SampleConfig,
+  labels: np.ndarray,
+  *,
+  out: pathlib.Path,
+  batch_size: int,
+  seed: int,
+  dtype: Any = jnp.float32,
+  save_latents: bool = False,
+) -> dict[str, Any]:
+  """Draws one image per label into `out`; returns the report that it wrote there.
+
+  Raises:
+    ValueError: for a value out of range, or a directory that cannot be written.
+  """
+  labels = generate.check_labels(labels, model.config)
+  devices = jax.devices()
+  if batch_size < 1 or batch_size % len(devices):
+    raise ValueError(
+      f"batch_size={batch_size}: expected a positive multiple of the {len(devices)} devices"
+    )
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"seed={seed}: expected an integer in [0, 2**32)")
+  out = check_writable(out)
+  num = len(labels)
+  batch_size = min(batch_size, -(-num // len(devices)) * len(devices))
+  plan = make_plan(model.config, sample_config)
+  settings = {
+    "model": dataclasses.asdict(model.config),
+    "sample": dataclasses.asdict(sample_config),
+    "policy": sample_config.policy,
+    "seed": seed,
+    "batch_size": batch_size,
+    "num_images": num,
+    "dtype": jnp.dtype(dtype).name,
+    "save_latents": save_latents,
+  }
+  fingerprint = hashlib.sha256(json.dumps(settings).encode() + labels.tobytes())
+  for leaf in jax.tree.leaves(model.params):
+    fingerprint.update(np.asarray(leaf.ravel()[:64]).tobytes())
+  partial = out / "partial" / fingerprint.hexdigest()[:16]
+  partial.mkdir(parents=True, exist_ok=True)
+
+  mesh = None
+  if len(devices) > 1:
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  decoder = generate.Decoder(
+    plan, dtype=dtype, head_dtype=dtype, mesh=mesh, chunk=-(-len(plan.rows) // 8)
+  )
+  starts = range(0, num, batch_size)
+  parts = [partial / f"{start:08d}.npz" for start in starts]
+  todo = [start for start, part in zip(starts, parts, strict=True) if not part.exists()]
+  compile_seconds, run_seconds = 0.0, 0.0
+  if todo:
+    print(f"compiling ({len(plan.shapes)} step shapes) ...", file=sys.stderr, flush=True)
+    compile_seconds = decoder.compile(model.params, batch_size)
+    bar = tqdm(total=num * len(plan.rows), desc="sampling", unit="iteration", unit_scale=True)
+    bar.update((num - sum(min(batch_size, num - s) for s in todo)) * len(plan.rows))
+    start_clock = time.perf_counter()
+    for start in todo:
+      _draw(model, decoder, labels, start, batch_size, seed, save_latents, partial, bar)
+    run_seconds = time.perf_counter() - start_clock
+    bar.close()
+
+  drawn = sum(min(batch_size, num - s) for s in todo)
+  report = {
+    **settings,
+    "versions": {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")},
+    "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+    "compile_seconds": compile_seconds,
+    "run_seconds": run_seconds,
+    "images_drawn": drawn,
+    "images_per_second": drawn / run_seconds if drawn else None,
+    "gflops_per_image": plan.flops().total / 1e9,
+  }
+  _collect(parts, out, labels, save_latents)
+  with atomic_write(out / "report.json") as aside:
+    aside.write_text(json.dumps(report, indent=2) + "\n")
+  shutil.rmtree(partial.parent)
+  return report
+
+
+def _draw(
+  model: Model,
+  decoder: generate.Decoder,
+  labels: np.ndarray,
+  start: int,
+  batch_size: int,
+  seed: int,
+  save_latents: bool,
+  partial: pathlib.Path,
+  bar: tqdm,
+) -> None:
+  """One batch; a short last one is padded by repeating its last label."""
+  real = labels[start : start + batch_size]
+  batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
+  ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
+  keys = sampler.image_keys(jax.random.key(seed), ids)
+  state, _ = generate.initial_state(model.config, keys)
+  tokens = decoder(
+    model.params,
+    state,
+    sampler.Inputs(batch, keys),
+    progress=lambda iterations: bar.update(iterations * len(real)) and None,
+  )
+  latents = unpatchify(tokens, model.config)[: len(real)]
+  arrays = {"images": generate.to_images(model, latents)}
+  if save_latents:
+    arrays["latents"] = np.asarray(latents)
+  with atomic_write(partial / f"{start:08d}.npz") as aside, aside.open("wb") as file:
+    np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _collect(
+  parts: list[pathlib.Path], out: pathlib.Path, labels: np.ndarray, save_latents: bool
+) -> None:
+  """Joins finished batches into samples.npz, one batch in memory at a time, and draws grid.png."""
+
+  def stream(archive: zipfile.ZipFile, name: str, source: str) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+      for number, part in enumerate(parts):
+        with np.load(part, allow_pickle=False) as batch:
+          array = batch[source]
+        if number == 0:
+          header = {"descr": np.lib.format.dtype_to_descr(array.dtype), "fortran_order": False,
+                    "shape": (len(labels), *array.shape[1:])}  # fmt: skip
+          np.lib.format.write_array_header_2_0(file, header)
+        file.write(np.ascontiguousarray(array).tobytes())
+
+  with atomic_write(out / "samples.npz") as aside, zipfile.ZipFile(aside, "w") as archive:
+    stream(archive, "arr_0", "images")
+    with archive.open("arr_1.npy", "w") as file:
+      np.lib.format.write_array(file, labels, allow_pickle=False)
+    if save_latents:
+      stream(archive, "latents", "latents")
+
+  shown, images = min(len(labels), 100), []
+  for part in parts:
+    with np.load(part, allow_pickle=False) as batch:
+      images.append(batch["images"])
+    if sum(map(len, images)) >= shown:
+      break
+  picture = grid(np.concatenate(images)[:shown], columns=math.ceil(math.sqrt(shown)))
+  write_png(out / "grid.png", picture, scale=max(1, 64 // images[0].shape[1]))
+
+
+def load(
+  checkpoint_dir: str | None, config_flag: Any
+) -> tuple[Model, SampleConfig]:
+  """The model and how to sample it, from `--checkpoint`, `--config` and overrides of it."""
+  overrides = dict(config_flags.get_override_values(config_flag)) if config_flag.value else {}
+  if config_flag.present:
+    config = flags_lib.parsed_config()
+    if checkpoint_dir is None and config.name != "fashion_mnist":
+      raise ValueError(
+        f"--checkpoint is missing: only fashion_mnist is embedded, found --config of {config.name}"
+      )
+    return checkpoint.load_model(checkpoint_dir or CHECKPOINT, config.model), config.sample
+  model = checkpoint.load_model(checkpoint_dir or CHECKPOINT)
+  sample = model.sample_config or SampleConfig()
+  if wrong := [name for name in overrides if not name.startswith("sample.")]:
+    raise ValueError(f"--config.{wrong[0]}: only sample.* can change without --config=FILE")
+  changes = {name.removeprefix("sample."): value for name, value in overrides.items()}
+  return model, dataclasses.replace(sample, **changes)
+
+
+def main() -> None:
+  flags_lib.enable_compilation_cache()
+  model, sample_config = load(_CHECKPOINT.value, flags.FLAGS["config"])
+  if _POLICY.value is not None:
+    sample_config = dataclasses.replace(sample_config, policy=_POLICY.value)
+  if _PRINT_PLAN.value:
+    print(make_plan(model.config, sample_config).table())
+    return
+  given = None if _LABELS.value is None else parse_labels(_LABELS.value)
+  num_images = _NUM_IMAGES.value
+  if num_images is None:
+    num_images = len(given) if given else 100
+  if num_images < 1:
+    raise ValueError(f"num_images={num_images}: expected at least 1")
+  report = run(
+    model,
+    sample_config,
+    choose_labels(given, num_images, model.config.class_num),
+    out=pathlib.Path(_OUT.value),
+    batch_size=_BATCH_SIZE.value,
+    seed=_SEED.value,
+    dtype=jnp.dtype(_DTYPE.value),
+    save_latents=_SAVE_LATENTS.value,
+  )
+  print(
+    f"{num_images} images in {_OUT.value}: compiled in {report['compile_seconds']:.1f} s, drawn in "
+    f"{report['run_seconds']:.1f} s"
+  )
+
+
+def parse_labels(values: list[str]) -> list[int]:
+  """The integers of --labels; ValueError naming one that is none."""
+  labels = []
+  for value in values:
+    try:
+      labels.append(int(value))
+    except ValueError:
+      raise ValueError(f"labels: found {value!r}, expected integers such as 207,360") from None
+  if not labels:
+    raise ValueError("labels: found an empty list, expected integers such as 207,360")
+  return labels
+
+
+if __name__ == "__main__":
+  flags_lib.run(main)
