@@ -152,8 +152,8 @@ def frechet_interval(
     shift = counts @ centred / num
     cov = ((centred.T * counts) @ centred - num * np.outer(shift, shift)) / (num - 1)
     distances[i] = _distance(fixed, root, FeatureStatistics(own.mean + shift, cov))
-  low, high = np.quantile(distances, [0.025, 0.975]) - distances.mean() + _distance(
-    fixed, root, own
+  low, high = (
+    np.quantile(distances, [0.025, 0.975]) - distances.mean() + _distance(fixed, root, own)
   )
   return max(0.0, float(low)), float(high)
 

@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from marche_jax import checkpoint, generate, sampler
+from marche_jax import checkpoint, generation, sampler
 from marche_jax import flags as flags_lib
 from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
@@ -78,7 +78,7 @@ def run(
   Raises:
     ValueError: for a value out of range, or a directory that cannot be written.
   """
-  labels = generate.check_labels(labels, model.config)
+  labels = generation.check_labels(labels, model.config)
   devices = jax.devices()
   if batch_size < 1 or batch_size % len(devices):
     raise ValueError(
@@ -109,7 +109,7 @@ def run(
   mesh = None
   if len(devices) > 1:
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  decoder = generate.Decoder(
+  decoder = generation.Decoder(
     plan, dtype=dtype, head_dtype=dtype, mesh=mesh, chunk=-(-len(plan.rows) // 8)
   )
   starts = range(0, num, batch_size)
@@ -147,7 +147,7 @@ def run(
 
 def _draw(
   model: Model,
-  decoder: generate.Decoder,
+  decoder: generation.Decoder,
   labels: np.ndarray,
   start: int,
   batch_size: int,
@@ -161,7 +161,7 @@ def _draw(
   batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
   ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
   keys = sampler.image_keys(jax.random.key(seed), ids)
-  state, _ = generate.initial_state(model.config, keys)
+  state, _ = generation.initial_state(model.config, keys)
   tokens = decoder(
     model.params,
     state,
@@ -169,7 +169,7 @@ def _draw(
     progress=lambda iterations: bar.update(iterations * len(real)) and None,
   )
   latents = unpatchify(tokens, model.config)[: len(real)]
-  arrays = {"images": generate.to_images(model, latents)}
+  arrays = {"images": generation.to_images(model, latents)}
   if save_latents:
     arrays["latents"] = np.asarray(latents)
   with atomic_write(partial / f"{start:08d}.npz") as aside, aside.open("wb") as file:

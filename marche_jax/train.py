@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from marche_jax import checkpoint, generate, trainer
+from marche_jax import checkpoint, generation, trainer
 from marche_jax import flags as flags_lib
 from marche_jax.config import Config
 from marche_jax.images import check_writable, grid, write_png
@@ -39,8 +39,8 @@ def draw_grid(config: Config, params: Any, path: pathlib.Path) -> None:
   model = checkpoint.Model(config.model, params, vae_config, vae_params)
   rows = min(config.model.class_num, 10)
   labels = np.repeat(np.arange(rows), 8)
-  latents = generate.generate(model, labels, jax.random.key(0), config.sample)
-  write_png(path, grid(generate.to_images(model, latents), columns=8), scale=2)
+  latents = generation.generate(model, labels, jax.random.key(0), config.sample)
+  write_png(path, grid(generation.to_images(model, latents), columns=8), scale=2)
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
   def on_sample(params: Any, step: int) -> None:
     try:
       draw_grid(config, params, workdir / f"samples-{step:08d}.png")
-    except generate.NonFiniteLatentsError as error:
+    except generation.NonFiniteLatentsError as error:
       print(f"no samples at update {step}: {error}")
 
   draws = config.vae is None or _VAE.value is not None

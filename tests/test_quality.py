@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import pathlib
 import struct
 import subprocess
@@ -241,12 +242,13 @@ def write_idx(directory: pathlib.Path, split: str, images: np.ndarray, labels: n
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
   command = [sys.executable, str(TOOL), *arguments]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}  # installed or not
+  return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_tool_trains_and_writes_a_classifier(tmp_path):
   rng = np.random.default_rng(0)
-  for split, num in (("train", 512), ("t10k", 64)):
+  for split, num in (("train", 128), ("t10k", 32)):
     labels = rng.integers(0, 10, num)
     images = np.zeros((num, 28, 28))
     images[:, 8:20] = 25 * labels[:, None, None]  # class = brightness of a band
@@ -258,7 +260,7 @@ def test_tool_trains_and_writes_a_classifier(tmp_path):
   params, reference = quality.load_classifier(out)
   source = open_source(DataConfig(source="idx", path=str(tmp_path)), ModelConfig(
     img_size=28, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=10))  # fmt: skip
-  trained_on = np.stack([source[i]["image"] for i in range(512)])
+  trained_on = np.stack([source[i]["image"] for i in range(128)])
   statistics = quality.statistics(quality.classify(params, trained_on)[1])
   np.testing.assert_allclose(reference.mean, statistics.mean, rtol=1e-3, atol=1e-5)
 

@@ -1,0 +1,72 @@
+"""The PyTorch reference's numbers in `data/`: loading them, and the error against them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from marche_jax import convert
+from marche_jax.config import ModelConfig
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def exact_matmuls():
+  """Parity is measured with float32 products. Import it into a test module to switch it on."""
+  with jax.default_matmul_precision("highest"):
+    yield
+
+
+def load(name: str) -> dict[str, np.ndarray]:
+  """The arrays of one `.npz` of `data/`."""
+  with np.load(DATA / name, allow_pickle=False) as arrays:
+    return dict(arrays)
+
+
+@functools.cache
+def model(name: str) -> tuple[ModelConfig, Any]:
+  """Configuration and EMA parameters of 'mar_tiny' or 'mar_patch2'."""
+  values = json.loads((DATA / name / "config.json").read_text())
+  del values["num_sampling_steps"]  # of the recorded runs, not of the model
+  config = ModelConfig(**values)
+  return config, from_reference(config, load(f"{name}/weights.npz"))
+
+
+def num_sampling_steps(name: str) -> int:
+  """Diffusion steps of the recorded sampling runs."""
+  return json.loads((DATA / name / "config.json").read_text())["num_sampling_steps"]
+
+
+def from_reference(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any:
+  """Our parameter tree from arrays under the reference's names; all consumed, shapes checked."""
+  tensors = {
+    name: convert.Tensor(array.shape, str(array.dtype), lambda array=array: array)
+    for name, array in arrays.items()
+  }
+  return convert.convert(tensors, "mar", config)
+
+
+def error(ours: Any, golden: np.ndarray, where: np.ndarray | None = None) -> float:
+  """Maximum absolute error over the standard deviation of the golden array, `where` it holds."""
+  ours = np.asarray(ours)
+  assert ours.shape == golden.shape and ours.dtype == golden.dtype
+  if where is not None:
+    ours, golden = ours[where], golden[where]
+  assert golden.size > 1 and golden.std() > 0
+  return float(np.max(np.abs(ours - golden)) / np.std(golden))
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """Leaves of a nested dict by their slash-separated path."""
+  return {
+    "/".join(key.key for key in path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

@@ -1,0 +1,229 @@
+"""The transformer and its head: parity with the PyTorch reference, and properties."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import DATA, error, load
+from golden import exact_matmuls as exact_matmuls
+
+from marche_jax import diffusion
+from marche_jax.config import ModelConfig
+from marche_jax.models import mar
+from marche_jax.models.mar import MAR, abstract_params, patchify, unpatchify
+
+FORWARD_TOLERANCE = 1e-5  # maximum absolute error over the reference's standard deviation
+LOSS_TOLERANCE = 1e-4
+PERTURBED_TOLERANCE = 4e-6
+
+SMALL = ModelConfig(
+  img_size=32, vae_stride=8, vae_embed_dim=2, encoder_embed_dim=16, encoder_depth=2,
+  encoder_num_heads=2, decoder_embed_dim=24, decoder_depth=2, decoder_num_heads=3, class_num=3,
+  buffer_size=2, diffloss_d=1, diffloss_w=16,
+)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run_head(config: ModelConfig, params, x, t, z):
+  return MAR(config).apply({"params": params}, x, t, z, method=lambda m, *args: m.head(*args))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), static_argnames=("dtype",))
+def encode(config, params, tokens, mask, labels, dropped, slots, dtype=jnp.float32):
+  apply = functools.partial(MAR(config, dtype).apply, {"params": params})
+  embedding = apply(labels, dropped, method="class_embedding")
+  return apply(tokens, mask, embedding, slots, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "dtype"))
+def run(config, params, tokens, mask, labels, dropped=None, slots=None, dtype=jnp.float32):
+  return MAR(config, dtype).apply({"params": params}, tokens, mask, labels, dropped, slots=slots)
+
+
+def forwards(config: ModelConfig, params, f: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """Every array of `forward.npz` that depends on the weights, computed by our modules."""
+  tokens = patchify(jnp.asarray(f["imgs"]), config)
+  visible = int((f["mask"][0] == 0).sum())
+  encoded, _, _ = encode(config, params, tokens, f["mask"], f["labels"], None, visible)
+  c = diffusion.make_process().coefficients().at(f["net_t"])
+  xt = diffusion.add_noise(c, f["loss_x0"], f["loss_noise"])
+  out = run_head(config, params, xt, f["net_t"], f["net_c"])
+  mse, vb = diffusion.training_terms(c, f["loss_x0"], xt, f["loss_noise"], out)
+  return {
+    "encoder_out": encoded,
+    "decoder_out": run(config, params, tokens, f["mask"], f["labels"]),
+    "net_out": run_head(config, params, f["net_x"], f["net_t"], f["net_c"]),
+    "loss": mse + vb,
+    "loss_mse": mse,
+    "loss_vb": vb,
+  }
+
+
+@pytest.fixture(scope="module")
+def small():
+  """Random parameters, none of them zero, and inputs of two images."""
+  params = mar.init_params(SMALL, jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)]
+  params = jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+  tokens = jax.random.normal(jax.random.key(2), (2, SMALL.seq_len, SMALL.token_dim))
+  mask = np.ones((2, SMALL.seq_len), np.float32)
+  mask[0, [1, 5, 6]] = 0
+  mask[1, [0, 2, 15]] = 0
+  return params, tokens, mask, np.asarray([0, 2])
+
+
+@pytest.mark.parametrize("name", ["mar_tiny", "mar_patch2"])
+def test_forward_parity(name):
+  config, params = golden.model(name)
+  f = load(f"{name}/forward.npz")
+  assert set(f["net_t"]) >= {0, 999}  # the discretised NLL, and the noisiest step
+  for key, ours in forwards(config, params, f).items():
+    bar = LOSS_TOLERANCE if key.startswith("loss") else FORWARD_TOLERANCE
+    assert error(ours, f[key]) <= bar, key
+
+
+@pytest.mark.parametrize("name", ["mar_tiny", "mar_patch2"])
+def test_forwards_are_well_conditioned(name):
+  """A relative change of 1e-7 in every weight is lost in the tolerance, and is not nothing."""
+  config, params = golden.model(name)
+  f = load(f"{name}/forward.npz")
+  rng = np.random.default_rng(0)
+
+  def nudge(x):
+    return (x * (1 + 1e-7 * rng.choice([-1.0, 1.0], x.shape))).astype(np.float32)
+
+  nudged = forwards(config, jax.tree.map(nudge, params), f)
+  for key, ours in forwards(config, params, f).items():
+    if not key.startswith("loss"):
+      assert 0 < error(nudged[key], np.asarray(ours)) <= PERTURBED_TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", ["mar_tiny", "mar_patch2"])
+def test_patches_equal_the_reference(name):
+  config, _ = golden.model(name)
+  f = load(f"{name}/forward.npz")
+  np.testing.assert_array_equal(patchify(f["imgs"], config), f["patches"])
+  np.testing.assert_array_equal(unpatchify(f["patches"], config), f["unpatchified"])
+  np.testing.assert_array_equal(f["unpatchified"], f["imgs"])
+
+
+@pytest.mark.parametrize("name", ["mar_base", "mar_large", "mar_huge"])
+def test_published_sizes(name):
+  """The full-size trees hold as many values as the published checkpoints."""
+  width, depth, heads, head_depth, head_width = {
+    "mar_base": (768, 12, 12, 6, 1024),
+    "mar_large": (1024, 16, 16, 8, 1280),
+    "mar_huge": (1280, 20, 16, 12, 1536),
+  }[name]
+  config = ModelConfig(
+    encoder_embed_dim=width, encoder_depth=depth, encoder_num_heads=heads,
+    decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads,
+    diffloss_d=head_depth, diffloss_w=head_width,
+  )  # fmt: skip
+  manifest = json.loads((DATA / "manifests" / f"{name}.json").read_text())
+  ours = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+  assert ours == sum(int(np.prod(shape)) for shape in manifest.values())
+
+
+def test_empty_slots_change_nothing(small):
+  params, tokens, mask, labels = small
+  exact = run(SMALL, params, tokens, mask, labels, slots=3)
+  for slots in (4, SMALL.seq_len):
+    padded = run(SMALL, params, tokens, mask, labels, slots=slots)
+    np.testing.assert_allclose(padded, exact, rtol=0, atol=1e-5)
+
+
+def test_z_depends_on_visible_tokens_and_on_no_masked_one(small):
+  params, tokens, mask, labels = small
+  def total(x): return jnp.sum(jnp.sin(run(SMALL, params, x, mask, labels)))
+  gradient = np.abs(jax.grad(total)(tokens)).max(axis=-1)
+  assert (gradient[mask == 1] == 0).all()
+  assert (gradient[mask == 0] > 0).all()
+
+
+def test_images_of_a_batch_do_not_mix(small):
+  params, tokens, mask, labels = small
+  def first(x): return jnp.sum(jnp.sin(run(SMALL, params, x, mask, labels)[0]))
+  gradient = np.abs(jax.grad(first)(tokens))
+  assert gradient[0].max() > 0 and gradient[1].max() == 0
+
+
+def test_dropped_labels_see_the_unconditional_embedding(small):
+  params, tokens, mask, labels = small
+  dropped = run(SMALL, params, tokens, mask, labels, np.asarray([True, False]))
+  kept = run(SMALL, params, tokens, mask, labels, np.asarray([False, False]))
+  other = run(SMALL, params, tokens, mask, 1 - labels // 2, np.asarray([True, False]))
+  np.testing.assert_array_equal(kept, run(SMALL, params, tokens, mask, labels))
+  np.testing.assert_array_equal(dropped[1], kept[1])
+  np.testing.assert_array_equal(dropped[0], other[0])  # whatever the label was
+  assert np.abs(dropped[0] - kept[0]).max() > 1e-3
+
+
+def test_block_parts_equal_the_packed_projection(small):
+  """Decoding computes queries alone, or keys and values alone, from the packed weights."""
+  block = mar.make_block(SMALL, "decoder")
+  one = {"params": jax.tree.map(lambda x: x[1], small[0]["decoder_blocks"])}
+  x = jax.random.normal(jax.random.key(3), (2, 5, SMALL.decoder_embed_dim))
+  q, k, v = block.apply(one, x, method="qkv")
+  np.testing.assert_allclose(block.apply(one, x, method="queries"), q, atol=1e-6)
+  for part, packed in zip(block.apply(one, x, method="keys_values"), (k, v)):
+    np.testing.assert_allclose(part, packed, atol=1e-6)
+  assert np.abs(q - k).max() > 0.1 and np.abs(k - v).max() > 0.1
+
+
+def test_bfloat16_activations_end_in_a_float32_head(small):
+  params, tokens, mask, labels = small
+  z = run(SMALL, params, tokens, mask, labels, dtype=jnp.bfloat16)
+  assert z.dtype == jnp.bfloat16
+  wide = run(SMALL, params, tokens, mask, labels)
+  assert 0 < np.abs(z.astype(jnp.float32) - wide).max() < 0.1 * float(wide.std())
+  model = MAR(SMALL, jnp.bfloat16)
+  args = (tokens[0, :2], np.asarray([0, 999]), z[0, :2])
+  out = model.apply({"params": params}, *args, method=lambda m, *args: m.head(*args))
+  assert out.dtype == jnp.float32
+
+
+def test_fresh_head_predicts_zero():
+  """The final layer and the gates start at zero (reference: `initialize_weights`)."""
+  params = mar.init_params(SMALL, jax.random.key(0))
+  x = jax.random.normal(jax.random.key(1), (3, SMALL.token_dim))
+  z = jax.random.normal(jax.random.key(2), (3, SMALL.decoder_embed_dim))
+  assert not np.any(run_head(SMALL, params, x, np.asarray([0, 5, 999]), z))
+
+
+def count_equations(jaxpr) -> int:
+  """Equations of a jaxpr and of all that it contains."""
+  inner = jax.core.jaxprs_in_params if hasattr(jax.core, "jaxprs_in_params") else None
+  total = 0
+  for equation in jaxpr.eqns:
+    total += 1
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+      if _is_jaxpr(value):
+        total += count_equations(getattr(value, "jaxpr", value))
+  del inner
+  return total
+
+
+def _is_jaxpr(value) -> bool:
+  return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
+
+
+def test_program_does_not_grow_with_depth():
+  def size(depth: int) -> int:
+    config = dataclasses.replace(SMALL, encoder_depth=depth, decoder_depth=depth, diffloss_d=depth)
+    tokens = jax.ShapeDtypeStruct((1, config.seq_len, config.token_dim), jnp.float32)
+    labels = jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = abstract_params(config)
+    def everything(p, *args): return MAR(config).apply({"params": p}, *args, method="everything")
+    return count_equations(jax.make_jaxpr(everything)(params, tokens, labels).jaxpr)
+
+  assert size(2) == size(8) > 100
