@@ -29,7 +29,9 @@ def _require_int(config: Any, prefix: str, minimum: int, *fields: str) -> None:
   for field in fields:
     value = getattr(config, field)
     is_int = isinstance(value, int) and not isinstance(value, bool)
-    _require(is_int and value >= minimum, prefix + field, value, f"an integer of at least {minimum}")
+    _require(
+      is_int and value >= minimum, prefix + field, value, f"an integer of at least {minimum}"
+    )
 
 
 def _require_range(config: Any, prefix: str, low: float, high: float, *fields: str) -> None:
@@ -273,7 +275,8 @@ def _mutable_class(cls: type) -> type:
 def mutable(config: Any) -> Any:
   """A mutable twin of a frozen configuration, for flags to override field by field."""
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-  return _mutable_class(type(config))(
+  cls: Any = type(config)
+  return _mutable_class(cls)(
     **{k: mutable(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
   )
 

@@ -23,9 +23,7 @@ class Flops:
     return self.encoder + self.decoder + self.head
 
   def __add__(self, other: Flops) -> Flops:
-    return Flops(
-      self.encoder + other.encoder, self.decoder + other.decoder, self.head + other.head
-    )
+    return Flops(self.encoder + other.encoder, self.decoder + other.decoder, self.head + other.head)
 
 
 def _block(width: int, mlp_ratio: float, queries: int, keys: int, updated: int) -> float:

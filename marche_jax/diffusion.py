@@ -31,9 +31,7 @@ def cosine_betas(num_timesteps: int = NUM_TRAIN_TIMESTEPS) -> np.ndarray:
   return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], MAX_BETA)
 
 
-def respaced_timesteps(
-  num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS - 1
-) -> np.ndarray:
+def respaced_timesteps(num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS - 1) -> np.ndarray:
   """The training timesteps that a sampler of `num_steps` steps keeps, ascending int64 [T].
 
   The stride is accumulated in floating point and rounded half to even, as the reference does.

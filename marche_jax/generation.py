@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -66,17 +67,15 @@ class Decoder:
   def compile(self, params: Params, batch_size: int) -> float:
     """Compiles for a batch size ahead of the first call; returns the seconds it took."""
     c = self.plan.config
-    state = sampler.DecodeState(
-      jax.ShapeDtypeStruct((batch_size, c.seq_len, c.token_dim), jnp.float32),
-      jax.ShapeDtypeStruct((batch_size, c.seq_len), jnp.int32),
-    )
-    keys = jax.eval_shape(
-      lambda: sampler.image_keys(jax.random.key(0), jnp.arange(batch_size))
-    )
+    tokens: Any = jax.ShapeDtypeStruct((batch_size, c.seq_len, c.token_dim), jnp.float32)
+    order: Any = jax.ShapeDtypeStruct((batch_size, c.seq_len), jnp.int32)
+    keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), jnp.arange(batch_size)))
     inputs = sampler.Inputs(jax.ShapeDtypeStruct((batch_size,), jnp.int32), keys)
     start = time.perf_counter()
     _, rows = next(sampler.chunks(self._rows, self.chunk))
-    self._decode = self._lower(params, state, rows, self._tables, inputs).compile()
+    self._decode = self._lower(
+      params, sampler.DecodeState(tokens, order), rows, self._tables, inputs
+    ).compile()
     return time.perf_counter() - start
 
   def __call__(
@@ -97,11 +96,8 @@ class Decoder:
     done, noise = 0, inputs.noise
     for end, rows in sampler.chunks(self._rows, self.chunk):
       if noise is not None:
-        pad = self.chunk - (end - done)
-        part = lambda x, s=done, e=end, p=pad: np.pad(  # noqa: E731
-          x[s:e], ((0, p),) + ((0, 0),) * (x.ndim - 1)
-        )
-        inputs = inputs.replace(noise=jax.tree.map(part, noise))
+        part = jax.tree.map(self._chunk_of(done, end), noise)
+        inputs = dataclasses.replace(inputs, noise=part)
       state, finite, _ = self._decode(params, state, rows, self._tables, inputs)
       bad = ~np.asarray(finite)[: end - done]
       if bad.any():
@@ -116,6 +112,15 @@ class Decoder:
         progress(end - done)
       done = end
     return state.tokens
+
+  def _chunk_of(self, start: int, end: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Cuts [R, ...] to the iterations of one call, padded as `sampler.chunks` pads rows."""
+
+    def cut(x: np.ndarray) -> np.ndarray:
+      pad = self.chunk - (end - start)
+      return np.pad(x[start:end], ((0, pad),) + ((0, 0),) * (x.ndim - 1))
+
+    return cut
 
 
 def generate(
@@ -183,13 +188,13 @@ def initial_state(
   if order is None:
     order = sampler.random_order(keys, s)
   else:
-    order = _array("order", order, (batch, s), "iu")
-    if not (np.sort(order, axis=1) == np.arange(s)).all():
+    given = _array("order", order, (batch, s), "iu")
+    if not (np.sort(given, axis=1) == np.arange(s)).all():
       raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
-    order = jnp.asarray(order, jnp.int32)
+    order = jnp.asarray(given, jnp.int32)
   if known is None:
     return sampler.DecodeState(jnp.zeros((batch, s, c)), order), 0
-  tokens = _array("known[0]", known[0], (batch, s, c), "f")
+  values = _array("known[0]", known[0], (batch, s, c), "f")
   mask = _array("known[1]", known[1], (batch, s), "iufb") != 0
   counts = (~mask).sum(axis=1)
   if not (counts == counts[0]).all() or counts[0] == s:
@@ -200,7 +205,7 @@ def initial_state(
   is_known = jnp.take_along_axis(jnp.asarray(~mask), order, axis=1)
   last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
   order = jnp.take_along_axis(order, last, axis=1)
-  tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(tokens, jnp.float32))
+  tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
   return sampler.DecodeState(tokens, order), int(counts[0])
 
 

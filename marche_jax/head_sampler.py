@@ -45,9 +45,7 @@ def prepare(params: Any, config: ModelConfig, timesteps: jax.Array, dtype: Any) 
   kernel = blocks["modulation"]["kernel"].transpose(1, 0, 2).reshape(width, depth * 3 * width)
   final = params["final_modulation"]
   cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
-  time = Head(config).apply(
-    {"params": params}, timesteps.reshape(-1), method="time_embedding"
-  )
+  time = Head(config).apply({"params": params}, timesteps.reshape(-1), method="time_embedding")
   return HeadWeights(
     time=time.reshape(*timesteps.shape, width),
     modulation=cast(
@@ -140,7 +138,7 @@ def sample(
     c = coefficients.at(index)
     out = denoise(weights, x, time[index], cond)
     if halves == 2:
-      out = diffusion.guide(*jnp.split(out, 2), cfg)
+      out = diffusion.guide(out[: len(x)], out[len(x) :], cfg)
     return diffusion.ancestral_step(c, x, out, step_noise(i, c.timestep), temperature)
 
   return jax.lax.fori_loop(0, steps, step, initial_noise)

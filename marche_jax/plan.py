@@ -115,7 +115,9 @@ def mask_schedule(unknown: int, num_iter: int) -> tuple[np.ndarray, np.ndarray]:
     )
   mask_len, predicted, masked = [], [], unknown
   for k in range(num_iter):
-    after = max(1, min(masked - 1, math.floor(unknown * math.cos(math.pi / 2 * (k + 1) / num_iter))))
+    after = max(
+      1, min(masked - 1, math.floor(unknown * math.cos(math.pi / 2 * (k + 1) / num_iter)))
+    )
     mask_len.append(after)
     predicted.append(masked if k == num_iter - 1 else masked - after)
     masked = after

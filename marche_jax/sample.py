@@ -209,9 +209,7 @@ def _collect(
   write_png(out / "grid.png", picture, scale=max(1, 64 // images[0].shape[1]))
 
 
-def load(
-  checkpoint_dir: str | None, config_flag: Any
-) -> tuple[Model, SampleConfig]:
+def load(checkpoint_dir: str | None, config_flag: Any) -> tuple[Model, SampleConfig]:
   """The model and how to sample it, from `--checkpoint`, `--config` and overrides of it."""
   overrides = dict(config_flags.get_override_values(config_flag)) if config_flag.value else {}
   if config_flag.present:

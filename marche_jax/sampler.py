@@ -14,6 +14,7 @@ Reference: `MAR.sample_tokens`. Shapes as in `models/mar.py`; H guidance halves.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,9 +135,7 @@ def _run_layers(params: Params, first: int, last: int, layer: Callable, carry: A
   """Folds `layer(parameters of layer l, l, carry)` over a range of a stack."""
 
   def body(index: jax.Array, carry: Any) -> Any:
-    one = jax.tree.map(
-      lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), params
-    )
+    one = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), params)
     return layer(one, index, carry)
 
   return jax.lax.fori_loop(first, last, body, carry)
@@ -193,7 +192,9 @@ def _decode(
     p = {"params": one}
     asked = jnp.take_along_axis(x, config.buffer_size + predict[..., None], axis=1)
     q = block.apply(p, asked, method="queries")
-    asked = block.apply(p, asked, q, *block.apply(p, x, method="keys_values"), None, method="attend")
+    asked = block.apply(
+      p, asked, q, *block.apply(p, x, method="keys_values"), None, method="attend"
+    )
     return block.apply(p, asked, method="feed_forward")
 
   stack, depth = params["decoder_blocks"], config.decoder_depth
@@ -272,7 +273,7 @@ def _step(
     z=jax.vmap(lambda x: scatter(jnp.zeros((batch, seq_len, x.shape[-1])), x))(split_z),
     sampled=scatter(jnp.zeros_like(state.tokens), sampled),
   )
-  return state.replace(tokens=tokens), trace
+  return dataclasses.replace(state, tokens=tokens), trace
 
 
 def _empty_trace(config: ModelConfig, shapes: tuple[StepShape, ...], batch: int) -> Trace:
@@ -312,9 +313,7 @@ def decode(
   Returns:
     The state afterwards; bool [R, B], whether all that the row sampled is finite; and the trace.
   """
-  weights = head_sampler.prepare(
-    params["head"], config, tables.coefficients.timestep, head_dtype
-  )
+  weights = head_sampler.prepare(params["head"], config, tables.coefficients.timestep, head_dtype)
 
   def iterate(state: DecodeState, xs: tuple[Rows, Noise | None]) -> tuple[DecodeState, Any]:
     row, noise = xs

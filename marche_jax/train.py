@@ -34,7 +34,7 @@ flags_lib.define_compilation_cache()
 def draw_grid(config: Config, params: Any, path: pathlib.Path) -> None:
   """Writes a grid of samples: eight columns, a class per row at most."""
   vae_config, vae_params = None, None
-  if config.vae is not None:
+  if config.vae is not None and _VAE.value is not None:
     vae_config, vae_params = checkpoint.load_part(_VAE.value, "vae")
   model = checkpoint.Model(config.model, params, vae_config, vae_params)
   rows = min(config.model.class_num, 10)

@@ -96,7 +96,9 @@ def make_optimizer(
   )
 
 
-def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+  config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
   """Fresh parameters, their EMA and the optimizer's moments."""
   params = mar.init_params(config, jax.random.key(seed))
   return TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
@@ -284,9 +286,7 @@ def train(
             state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(batches.get_state())
           ),
         )
-      if on_sample is not None and t.sample_every and (
-        done % t.sample_every == 0 or done == total
-      ):
+      if on_sample is not None and t.sample_every and (done % t.sample_every == 0 or done == total):
         on_sample(state.ema, done)
     writer.close()
     return state

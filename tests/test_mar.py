@@ -144,7 +144,10 @@ def test_empty_slots_change_nothing(small):
 
 def test_z_depends_on_visible_tokens_and_on_no_masked_one(small):
   params, tokens, mask, labels = small
-  def total(x): return jnp.sum(jnp.sin(run(SMALL, params, x, mask, labels)))
+
+  def total(x):
+    return jnp.sum(jnp.sin(run(SMALL, params, x, mask, labels)))
+
   gradient = np.abs(jax.grad(total)(tokens)).max(axis=-1)
   assert (gradient[mask == 1] == 0).all()
   assert (gradient[mask == 0] > 0).all()
@@ -152,7 +155,10 @@ def test_z_depends_on_visible_tokens_and_on_no_masked_one(small):
 
 def test_images_of_a_batch_do_not_mix(small):
   params, tokens, mask, labels = small
-  def first(x): return jnp.sum(jnp.sin(run(SMALL, params, x, mask, labels)[0]))
+
+  def first(x):
+    return jnp.sum(jnp.sin(run(SMALL, params, x, mask, labels)[0]))
+
   gradient = np.abs(jax.grad(first)(tokens))
   assert gradient[0].max() > 0 and gradient[1].max() == 0
 
@@ -223,7 +229,10 @@ def test_program_does_not_grow_with_depth():
     tokens = jax.ShapeDtypeStruct((1, config.seq_len, config.token_dim), jnp.float32)
     labels = jax.ShapeDtypeStruct((1,), jnp.int32)
     params = abstract_params(config)
-    def everything(p, *args): return MAR(config).apply({"params": p}, *args, method="everything")
+
+    def everything(p, *args):
+      return MAR(config).apply({"params": p}, *args, method="everything")
+
     return count_equations(jax.make_jaxpr(everything)(params, tokens, labels).jaxpr)
 
   assert size(2) == size(8) > 100

@@ -73,7 +73,7 @@ def train(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dic
   state = optimizer.init(params)
 
   def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    logits: jax.Array = model.apply({"params": params}, quality.normalise(images))[0]  # type: ignore
+    logits: jax.Array = model.apply({"params": params}, quality.normalise(images))[0]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
   @jax.jit
@@ -104,7 +104,7 @@ def degraded(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
   shifts = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
   return {
     "10% noise": (images + noise).round().clip(0, 255).astype(np.uint8),
-    "3x3 blur": (sum(shifts) / 9).round().astype(np.uint8),
+    "3x3 blur": np.mean(shifts, axis=0).round().astype(np.uint8),
   }
 
 

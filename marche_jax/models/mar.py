@@ -26,14 +26,10 @@ Params = Any
 
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
-_layer_norm = functools.partial(
-  nn.LayerNorm, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False
-)
+_layer_norm = functools.partial(nn.LayerNorm, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False)
 
 
-def attention_weights(
-  q: jax.Array, k: jax.Array, heads: int, valid: jax.Array | None
-) -> jax.Array:
+def attention_weights(q: jax.Array, k: jax.Array, heads: int, valid: jax.Array | None) -> jax.Array:
   """Softmax(q k^T / sqrt(head width)), float32 [B, heads, Nq, Nk].
 
   Args:
@@ -135,7 +131,7 @@ class Block(nn.Module):
 
 
 def make_block(config: ModelConfig, stack: str, dtype: Any = jnp.float32) -> Block:
-  """One block of the 'encoder' or 'decoder', without dropout, to apply to one layer's parameters."""
+  """One block of the 'encoder' or 'decoder', without dropout, for one layer's parameters."""
   return Block(
     getattr(config, f"{stack}_embed_dim"),
     getattr(config, f"{stack}_num_heads"),
@@ -241,9 +237,7 @@ class MAR(nn.Module):
     """Encoder output before its norm [B, n, De] -> [B, n, Dd], positions not yet added."""
     return self.decoder_embed(self.encoder_norm(x))
 
-  def decoder_input(
-    self, embedded: jax.Array, positions: jax.Array, valid: jax.Array
-  ) -> jax.Array:
+  def decoder_input(self, embedded: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
     """Puts known tokens at their places among mask tokens and adds positions.
 
     Args:
@@ -357,8 +351,23 @@ def abstract_params(config: ModelConfig) -> Params:
   return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
+def inference_params(params: Params, dtype: Any) -> Params:
+  """Parameters stored as decoding with `dtype` and `head_dtype` both of this dtype uses them.
+
+  The result of decoding is the same: norms, the timestep embedding and the head's last layer, which
+  compute in float32, stay as they are, and all others would be cast at every use.
+  """
+  float32 = ("norm", "z_proj_ln", "time_embed", "final_linear")
+
+  def cast(path: Any, x: jax.Array) -> jax.Array:
+    wide = any(name in key.key for key in path for name in float32)
+    return x if wide else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def patchify(latents: jax.Array, config: ModelConfig) -> jax.Array:
-  """Latents [B, channels, h, w] -> tokens [B, S, C], C ordered (channel, patch row, patch column)."""
+  """Latents [B, channels, h, w] -> tokens [B, S, C]; C is (channel, patch row, patch column)."""
   b, c, h, w = latents.shape
   p = config.patch_size
   x = latents.reshape(b, c, h // p, p, w // p, p)
