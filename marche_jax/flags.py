@@ -45,13 +45,14 @@ def parsed_config() -> Config:
   Raises:
     ValueError: no file was given, the file gives something else, or a field is out of range.
   """
+  config = flags.FLAGS.config
   try:
-    config = flags.FLAGS.config
-  except OSError as error:
+    frozen_class = getattr(config, "frozen_class", None)
+  except OSError as error:  # ml_collections reports a file that it could not read at first use
     raise ValueError(_unreadable(error)) from error
   if config is None:
     raise ValueError("--config: expected a file such as configs/mar_base.py, found none")
-  if getattr(config, "frozen_class", None) is not Config:
+  if frozen_class is not Config:
     raise ValueError(
       "--config: expected get_config() to return marche_jax.config.mutable(Config(...)), "
       f"found {type(config).__name__}"

@@ -1,8 +1,9 @@
 """Sampling tokens from the diffusion head: the loop that dominates decoding at small batches.
 
 What does not depend on the token is computed once (timestep embeddings), what does not depend on
-the step is computed once per token (the projection of z), and the modulations of all blocks, which
-share their input, are one matrix product.
+the step is computed once per token (the projection of z). The modulations, two thirds of the head's
+weights, depend on timestep and z but not on x_t: those of all blocks are one matrix product, taken
+for several diffusion steps at a time, since with few tokens reading the weights is what costs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ import jax.numpy as jnp
 from marche_jax import diffusion
 from marche_jax.config import ModelConfig
 from marche_jax.models.head import Head, modulate, normalize
+
+MODULATION_ROWS = 256
+"""Rows (diffusion steps times tokens) of a modulation product up to which steps are taken together.
+
+More rows make no product cheaper per row and need more memory, 4 (3d + 2) w bytes each.
+"""
 
 
 @flax.struct.dataclass
@@ -75,29 +82,47 @@ def _dense(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
   return out + weights["bias"].astype(jnp.float32)
 
 
-def denoise(weights: HeadWeights, x: jax.Array, time: jax.Array, cond: jax.Array) -> jax.Array:
+def modulations(weights: HeadWeights, time: jax.Array, cond: jax.Array) -> jax.Array:
+  """Shifts, scales and gates of every block, then the final shift and scale.
+
+  Args:
+    weights: of `prepare`.
+    time: embeddings of some timesteps, float32 [k, w].
+    cond: projected z, float32 [m, w].
+
+  Returns:
+    float32 [k, m, (3d + 2) w].
+  """
+  inner = jax.nn.silu(time[:, None] + cond)
+  out = _dense(weights.modulation, inner.reshape(-1, cond.shape[-1]))
+  return out.reshape(*inner.shape[:2], -1)
+
+
+def denoise(weights: HeadWeights, x: jax.Array, modulation: jax.Array) -> jax.Array:
   """The head at one timestep.
 
   Args:
     weights: of `prepare`.
     x: x_t, float32 [n, C].
-    time: embedding of the timestep, float32 [w].
-    cond: projected z, float32 [halves * n, w].
+    modulation: of that timestep, float32 [halves * n, (3d + 2) w].
 
   Returns:
     float32 [halves * n, 2C].
   """
-  width = cond.shape[-1]
-  modulation = _dense(weights.modulation, jax.nn.silu(time + cond))
-  part = lambda i: modulation[:, i * width : (i + 1) * width]  # noqa: E731
-  h = jnp.tile(_dense(weights.input_proj, x), (cond.shape[0] // x.shape[0], 1))
+  parts = jnp.split(modulation, 3 * len(weights.blocks) + 2, axis=-1)
+  h = jnp.tile(_dense(weights.input_proj, x), (modulation.shape[0] // x.shape[0], 1))
   for i, block in enumerate(weights.blocks):
     norm = normalize(h) * block["norm"]["scale"] + block["norm"]["bias"]
-    inner = jax.nn.silu(_dense(block["fc1"], modulate(norm, part(3 * i), part(3 * i + 1))))
-    h = h + part(3 * i + 2) * _dense(block["fc2"], inner)
-  depth = len(weights.blocks)
-  h = modulate(normalize(h), part(3 * depth), part(3 * depth + 1))
+    inner = jax.nn.silu(_dense(block["fc1"], modulate(norm, parts[3 * i], parts[3 * i + 1])))
+    h = h + parts[3 * i + 2] * _dense(block["fc2"], inner)
+  h = modulate(normalize(h), parts[-2], parts[-1])
   return _dense(weights.final_linear, h)
+
+
+def _steps_together(steps: int, rows: int) -> int:
+  """The largest divisor of `steps` that keeps a modulation product within `MODULATION_ROWS`."""
+  most = max(1, min(steps, MODULATION_ROWS // rows))
+  return next(k for k in range(most, 0, -1) if steps % k == 0)
 
 
 def sample(
@@ -132,13 +157,24 @@ def sample(
   """
   cond = _dense(weights.cond_embed, z)
   time = weights.time[table]
+  static = isinstance(steps, int)
+  together = _steps_together(steps if static else time.shape[0], cond.shape[0])
 
-  def step(i: jax.Array, x: jax.Array) -> jax.Array:
-    index = steps - 1 - i
-    c = coefficients.at(index)
-    out = denoise(weights, x, time[index], cond)
-    if halves == 2:
-      out = diffusion.guide(out[: len(x)], out[len(x) :], cfg)
-    return diffusion.ancestral_step(c, x, out, step_noise(i, c.timestep), temperature)
+  def run(chunk: jax.Array, x: jax.Array) -> jax.Array:
+    last = steps - 1 - chunk * together  # index of the chunk's first executed step
+    indices = jnp.maximum(last - jnp.arange(together), 0)
+    modulation = modulations(weights, time[indices], cond)
 
-  return jax.lax.fori_loop(0, steps, step, initial_noise)
+    def step(i: jax.Array, x: jax.Array) -> jax.Array:
+      c = coefficients.at(last - i)
+      out = denoise(weights, x, modulation[i])
+      if halves == 2:
+        out = diffusion.guide(*jnp.split(out, 2), cfg)
+      noise = step_noise(chunk * together + i, c.timestep)
+      return diffusion.ancestral_step(c, x, out, noise, temperature)
+
+    # A static trip count where there is one: others cost a GPU a round trip to the host per trip.
+    trips = together if static else jnp.minimum(together, last + 1)
+    return jax.lax.fori_loop(0, trips, step, x)
+
+  return jax.lax.fori_loop(0, -(-steps // together), run, initial_noise)

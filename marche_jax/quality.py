@@ -208,11 +208,11 @@ def save_classifier(
   path: str | os.PathLike[str], params: dict[str, Any], reference: FeatureStatistics
 ) -> None:
   """Writes what `load_classifier` reads: beside the destination first, then renamed."""
-  arrays = {
+  arrays: dict[str, np.ndarray] = {
     _WEIGHT + name: np.asarray(value, np.float16)
     for name, value in flax.traverse_util.flatten_dict(params, sep="/").items()
   }
-  arrays |= {name: np.float32(getattr(reference, name)) for name in ("mean", "cov")}
+  arrays |= {name: np.asarray(getattr(reference, name), np.float32) for name in ("mean", "cov")}
   with atomic_write(path) as aside, aside.open("wb") as file:
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 

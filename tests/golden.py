@@ -14,6 +14,7 @@ import pytest
 
 from marche_jax import convert
 from marche_jax.config import ModelConfig
+from marche_jax.models import mar
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -52,6 +53,17 @@ def from_reference(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any
     for name, array in arrays.items()
   }
   return convert.convert(tensors, "mar", config)
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> Any:
+  """Parameters that are all random, unlike fresh ones, whose head predicts zero."""
+  rng = np.random.default_rng(seed)
+
+  def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[-1]
+    return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
+
+  return jax.tree.map(fill, mar.abstract_params(config))
 
 
 def error(ours: Any, golden: np.ndarray, where: np.ndarray | None = None) -> float:
