@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -78,7 +79,12 @@ class Model:
 def abstract_params(kind: str, config: Any) -> Params:
   """Shapes of a kind's ('mar', 'vae') parameters: nested dict of float32 ShapeDtypeStruct."""
   _check_kind(kind)
-  return KINDS[kind].abstract_params(config)
+  return jax.tree.map(lambda leaf: leaf, _abstract_params(kind, config))  # the caller's own dicts
+
+
+@functools.cache
+def _abstract_params(kind: str, config: Any) -> Params:
+  return KINDS[kind].abstract_params(config)  # traces the model, some tenths of a second
 
 
 def save_model(

@@ -12,10 +12,11 @@ if __name__ == "__main__":
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -34,9 +35,10 @@ def define_config(default: str | None = None) -> None:
   Args:
     default: path of the file where the flag is not given; None where a command needs none.
   """
-  config_flags.DEFINE_config_file(
-    "config", default, "File with a get_config(); override with --config.sample.num_iter=32 etc."
-  )
+  with _one_line_errors(sys.argv):  # a default file takes its overrides here already
+    config_flags.DEFINE_config_file(
+      "config", default, "File with a get_config(); override with --config.sample.num_iter=32 etc."
+    )
 
 
 def parsed_config() -> Config:
@@ -100,8 +102,16 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 def _parse(argv: list[str]) -> list[str]:
-  try:
+  with _one_line_errors(argv):
     return flags.FLAGS(argv)
+  raise AssertionError("_one_line_errors exits")
+
+
+@contextlib.contextmanager
+def _one_line_errors(argv: list[str]) -> Iterator[None]:
+  """Ends the program with one line where a flag cannot be read."""
+  try:
+    yield
     # ml_collections raises KeyError, AttributeError or TypeError for a field that is not there.
   except (KeyError, AttributeError, TypeError) as error:
     unknown = re.search(r"Field (\w+) not found|>\.(\w+) does not exist", str(error))

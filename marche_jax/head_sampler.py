@@ -157,8 +157,8 @@ def sample(
   """
   cond = _dense(weights.cond_embed, z)
   time = weights.time[table]
-  static = isinstance(steps, int)
-  together = _steps_together(steps if static else time.shape[0], cond.shape[0])
+  static = steps if isinstance(steps, int) else None
+  together = _steps_together(static or time.shape[0], cond.shape[0])
 
   def run(chunk: jax.Array, x: jax.Array) -> jax.Array:
     last = steps - 1 - chunk * together  # index of the chunk's first executed step
@@ -169,7 +169,7 @@ def sample(
       c = coefficients.at(last - i)
       out = denoise(weights, x, modulation[i])
       if halves == 2:
-        out = diffusion.guide(*jnp.split(out, 2), cfg)
+        out = diffusion.guide(out[: len(x)], out[len(x) :], cfg)
       noise = step_noise(chunk * together + i, c.timestep)
       return diffusion.ancestral_step(c, x, out, noise, temperature)
 

@@ -394,7 +394,7 @@ def test_the_command_makes_one_directory_of_both_kinds_and_goes_back(torch, tmp_
   mar_flags = ["--kind=mar", f"--dst={dst}", f"--config={config_file}"]
   wrong = run_tool(*mar_flags, f"--src={DATA / 'mar_tiny' / 'checkpoint-last.pth'}")
   assert wrong.returncode == 1
-  assert wrong.stderr.startswith("error: tensor diffloss.net.") or "error: " in wrong.stderr
+  assert wrong.stderr.startswith("error: tensor ")
   assert "z_proj.weight has shape [64, 4], expected [64, 16]" in wrong.stderr
   assert wrong.stderr.count("\n") == 1
   assert not dst.parent.exists()

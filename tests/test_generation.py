@@ -1,0 +1,87 @@
+"""The library call: what it depends on, what it keeps, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from marche_jax import generation
+from marche_jax.checkpoint import Model
+from marche_jax.models import mar
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+  params = mar.init_params(tiny.MODEL, jax.random.key(0))
+  # The head starts with zero output and gates; random weights make its samples depend on z.
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+  return Model(tiny.MODEL, jax.tree.unflatten(tree, leaves), sample_config=tiny.SAMPLE)
+
+
+def test_an_image_does_not_depend_on_its_batch(model: Model) -> None:
+  labels = np.asarray([0, 1, 2, 3])
+  batch = generation.generate(model, labels, jax.random.key(5))
+  assert batch.shape == (4, 1, 8, 8)
+  ids = np.asarray([2])
+  alone = generation.generate(model, labels[2:3], jax.random.key(5), image_ids=ids)
+  np.testing.assert_allclose(alone[0], batch[2], atol=1e-3 * float(jnp.std(batch)))
+  other = generation.generate(model, labels[2:3], jax.random.key(6), image_ids=ids)
+  assert float(jnp.abs(other - alone).max()) > 0.1 * float(jnp.std(batch))
+
+
+def test_the_label_matters(model: Model) -> None:
+  a = generation.generate(model, [0], jax.random.key(0))
+  b = generation.generate(model, [1], jax.random.key(0))
+  assert float(jnp.abs(a - b).max()) > 1e-3 * float(jnp.std(a))
+
+
+def test_known_tokens_are_kept(model: Model) -> None:
+  rng = np.random.default_rng(0)
+  tokens = rng.standard_normal((2, 16, 4)).astype(np.float32)
+  mask = np.ones((2, 16), np.int32)
+  mask[0, :6], mask[1, 4:10] = 0, 0
+  latents = generation.generate(model, [0, 1], jax.random.key(0), known=(tokens, mask))
+  out = np.asarray(mar.patchify(latents, tiny.MODEL))
+  np.testing.assert_array_equal(out[mask == 0], tokens[mask == 0])
+  assert (np.abs(out - tokens).max(axis=-1)[mask == 1] > 0).all()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"labels": [4]}, "labels: found 4, expected 0 to 3"),
+    ({"labels": [-1]}, "labels: found -1"),
+    ({"labels": []}, "labels"),
+    ({"labels": [0.5]}, "labels"),
+    ({"order": np.zeros((1, 16), np.int32)}, "order: expected a permutation"),
+    ({"order": np.zeros((1, 5), np.int32)}, "order: found"),
+    ({"image_ids": [1, 2]}, "image_ids"),
+    ({"known": (np.zeros((1, 16, 4)), np.zeros((1, 16)))}, "known"),
+    ({"noise": (np.zeros(3), np.zeros(3))}, "noise"),
+  ],
+)
+def test_bad_arguments_are_named(model: Model, arguments: dict, message: str) -> None:
+  call = {"labels": [0], **arguments}
+  with pytest.raises(ValueError, match=message):
+    generation.generate(model, call.pop("labels"), jax.random.key(0), **call)
+
+
+def test_non_finite_latents_name_the_iteration(model: Model) -> None:
+  head = dict(model.params["head"])
+  head["final_linear"] = jax.tree.map(lambda x: x * jnp.nan, head["final_linear"])
+  broken = dataclasses.replace(model, params={**model.params, "head": head})
+  with pytest.raises(generation.NonFiniteLatentsError, match=r"iteration 0 of 4.*max_timestep"):
+    generation.generate(broken, [0], jax.random.key(0))
+
+
+def test_latents_need_an_autoencoder() -> None:
+  config = dataclasses.replace(tiny.MODEL, vae_stride=2, img_size=16)
+  with pytest.raises(ValueError, match="--kind=vae"):
+    generation.to_images(Model(config, {}), jnp.zeros((1, 1, 8, 8)))
