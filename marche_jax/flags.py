@@ -1,6 +1,6 @@
 """What the command lines share: the `--config` flag and errors of one line.
 
-_CONFIG = flags.define_config("configs/mar_base.py")
+flags.define_config("configs/mar_base.py")
 
 def main() -> None:
   config = flags.parsed_config()

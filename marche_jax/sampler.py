@@ -141,7 +141,7 @@ def _run_layers(params: Params, first: int, last: int, layer: Callable, carry: A
   return jax.lax.fori_loop(first, last, body, carry)
 
 
-def _encode(
+def run_encoder(
   params: Params,
   config: ModelConfig,
   dtype: Any,
@@ -174,7 +174,7 @@ def _encode(
   return apply(embedded, positions, valid, method="decoder_input")
 
 
-def _decode(
+def run_decoder(
   params: Params, config: ModelConfig, dtype: Any, x: jax.Array, predict: jax.Array
 ) -> jax.Array:
   """Step 2b: decoder input [H * B, N, Dd] -> z [H * B, P, Dd] at image positions [H * B, P].
@@ -226,8 +226,8 @@ def _step(
   index = row.num_known + jnp.arange(slots)
   predict = state.order[:, ::-1][:, jnp.minimum(index, seq_len - 1)]
   valid = jnp.arange(slots) < row.num_predict
-  x = _encode(params, config, dtype, state, embedding, shape.encoder_slots, row.num_known)
-  z = _decode(params, config, dtype, x, jnp.tile(predict, (halves, 1))).astype(jnp.float32)
+  x = run_encoder(params, config, dtype, state, embedding, shape.encoder_slots, row.num_known)
+  z = run_decoder(params, config, dtype, x, jnp.tile(predict, (halves, 1))).astype(jnp.float32)
 
   flat = (batch * slots, channels)
   if noise is None:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import DATA, error, load
+from golden import DATA, error, load, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
 from marche_jax import diffusion
@@ -34,7 +34,7 @@ SMALL = ModelConfig(
 KNOWN = np.zeros(2, bool)  # no label is dropped
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("slots", "dtype"))
+@functools.partial(quick_jit, static_argnums=0, static_argnames=("slots", "dtype"))
 def run(config, params, tokens, mask, labels, dropped=KNOWN, slots=3, dtype=jnp.float32):
   """z of two images with three visible tokens each."""
   return MAR(config, dtype).apply({"params": params}, tokens, mask, labels, dropped, slots=slots)
@@ -199,7 +199,7 @@ def test_fresh_head_predicts_zero():
   """The final layer and the gates start at zero (reference: `initialize_weights`)."""
   x = np.ones((3, SMALL.token_dim), np.float32)
   z = np.ones((3, SMALL.decoder_embed_dim), np.float32)
-  init = jax.jit(Head(SMALL).init_with_output)
+  init = quick_jit(Head(SMALL).init_with_output)
   out, variables = init(jax.random.key(0), x, np.asarray([0, 5, 999]), z)
   assert not out.any()
   zero = {path for path, leaf in golden.by_path(variables["params"]).items() if not leaf.any()}

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from golden import random_params
 
-from marche_jax import sampler
-from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.models.mar import inference_params, init_params
-from marche_jax.policies import make_plan
+from marche_jax import head_sampler
+from marche_jax.models.mar import MAR, inference_params
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHIP_BYTES = 16 * 2**30  # memory of a v5e chip
@@ -60,34 +60,22 @@ def test_full_decoding_compiles_for_v5e(config: str, batch_per_chip: int) -> Non
   assert used <= CHIP_BYTES, f"{used / 2**30:.2f} GiB per chip"
 
 
-def test_inference_params_decode_to_the_same_tokens() -> None:
-  """What the compiler is given: bfloat16 weights that change nothing of a bfloat16 decode."""
-  config = ModelConfig(
-    img_size=64, encoder_embed_dim=32, encoder_depth=2, encoder_num_heads=2, decoder_embed_dim=32,
-    decoder_depth=2, decoder_num_heads=2, class_num=4, buffer_size=4, diffloss_d=2, diffloss_w=32,
-  )  # fmt: skip
-  plan = make_plan(config, SampleConfig(num_iter=2, num_sampling_steps=3, max_timestep=900))
-  leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(0)))
-  keys = jax.random.split(jax.random.key(1), len(leaves))  # init leaves zeros and ones
-  noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  params = jax.tree.unflatten(tree, noisy)
+def test_inference_params_change_nothing_of_a_bfloat16_decode() -> None:
+  """What the compiler is given: weights stored in bfloat16 where decoding would cast them."""
+  params = random_params(tiny.MODEL)
   small = inference_params(params, jnp.bfloat16)
-  assert small["decoder_blocks"]["fc1"]["kernel"].dtype == jnp.bfloat16
-  assert small["head"]["final_linear"]["kernel"].dtype == jnp.float32
-  rows, tables = sampler.plan_rows(plan)
-  image_keys = sampler.image_keys(jax.random.key(2), jnp.arange(2))
-  inputs = sampler.Inputs(jnp.asarray([1, 3]), image_keys)
+  stored = {x.dtype for x in jax.tree.leaves(small)}
+  assert stored == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
 
-  def decode(params: Any) -> np.ndarray:
-    state = sampler.DecodeState(
-      jnp.zeros((2, config.seq_len, config.token_dim)),
-      sampler.random_order(image_keys, config.seq_len),
-    )
-    state, finite, _ = sampler.jitted_decode(
-      params, state, rows, tables, inputs, config=config, shapes=plan.shapes,
-      dtype=jnp.bfloat16, head_dtype=jnp.bfloat16,
-    )  # fmt: skip
-    assert finite.all()
-    return np.asarray(state.tokens)
+  tokens = np.random.default_rng(0).standard_normal(
+    (2, tiny.MODEL.seq_len, tiny.MODEL.token_dim), dtype=np.float32
+  )
+  mask = np.broadcast_to(np.arange(tiny.MODEL.seq_len) % 2, tokens.shape[:2])
+  dropped = np.asarray([False, True])
+  model = MAR(tiny.MODEL, jnp.bfloat16)
+  forward = jax.jit(lambda p: model.apply({"params": p}, tokens, mask, np.asarray([1, 3]), dropped))
+  np.testing.assert_array_equal(forward(small), forward(params))
 
-  np.testing.assert_array_equal(decode(small), decode(params))
+  timesteps = np.asarray([[0, 500, 999]])
+  prepare = jax.jit(lambda p: head_sampler.prepare(p["head"], tiny.MODEL, timesteps, jnp.bfloat16))
+  jax.tree.map(np.testing.assert_array_equal, prepare(small), prepare(params))

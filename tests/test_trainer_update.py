@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden import by_path, load
+from golden import by_path, load, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
 from marche_jax import losses, trainer
@@ -67,7 +67,7 @@ def test_update_from_our_gradients():
   config, params = golden.model("mar_tiny")
   t = load("mar_tiny/training.npz")
   draws = losses.Draws(t["mask"], np.zeros(3, bool), t["t"], t["noise"])
-  loss = jax.jit(jax.grad(losses.training_loss, has_aux=True), static_argnums=1)
+  loss = quick_jit(jax.grad(losses.training_loss, has_aux=True), static_argnums=1)
   gradients, _ = loss(params, config, patchify(t["imgs"], config), t["labels"], draws)
   assert not np.any(gradients["fake_latent"])
   check_step(*step(RATE, params, gradients), exact_key_bias=False)
@@ -109,7 +109,7 @@ def updating():
   model, params = golden.model("mar_patch2")
   config = Config(model=model, vae=None, train=FIRST)
   optimizer = trainer.make_optimizer(FIRST, RATE)
-  run = jax.jit(functools.partial(trainer.update, config=config, optimizer=optimizer))
+  run = quick_jit(functools.partial(trainer.update, config=config, optimizer=optimizer))
   state = trainer.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
   rng = np.random.default_rng(0)
   moments = rng.standard_normal((4, 2 * model.latent_shape[0], *model.latent_shape[1:]), np.float32)

@@ -40,14 +40,22 @@ def collectives(hlo: str) -> list[str]:
   return sorted(set(re.findall(rf" ({names})(?:-start)?\(", hlo)))
 
 
+def compile_psum(mesh: Mesh) -> Any:
+  """A compiled sum over the mesh: a program in which `collectives` must find one."""
+  total = jax.shard_map(
+    lambda x: jax.lax.psum(x, "data"),
+    mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(),
+  )  # fmt: skip
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+  return jax.jit(total).lower(jax.ShapeDtypeStruct((1024,), "float32", sharding=sharding)).compile()
+
+
 def compile_sampler(
-  config: ModelConfig, sample: SampleConfig, batch_per_chip: int
+  mesh: Mesh, config: ModelConfig, sample: SampleConfig, batch_per_chip: int
 ) -> tuple[Any, float]:
-  """The compiled `sharded_decode` of one plan on `TOPOLOGY`, in bfloat16; and seconds it took."""
-  devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-  mesh = Mesh(np.asarray(devices), ("data",))  # its axes are Auto
+  """The compiled `sharded_decode` of one plan on a mesh, in bfloat16; and the seconds it took."""
   plan = make_plan(config, sample)
-  batch = batch_per_chip * len(devices)
+  batch = batch_per_chip * mesh.size
 
   def give(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
@@ -86,7 +94,10 @@ def main() -> None:
   sample = SampleConfig(
     num_iter=64, cfg=3.0, cfg_schedule="linear", num_sampling_steps=100, policy=args.policy
   )
-  compiled, seconds = compile_sampler(config.model, sample, args.batch_per_chip)
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
+  mesh = Mesh(np.asarray(devices), ("data",))  # its axes are Auto
+  psum = compile_psum(mesh)
+  compiled, seconds = compile_sampler(mesh, config.model, sample, args.batch_per_chip)
   memory, hlo = compiled.memory_analysis(), compiled.as_text()
   if args.hlo:
     with open(args.hlo, "w") as file:
@@ -103,6 +114,7 @@ def main() -> None:
         "temp_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "collectives": collectives(hlo),
+        "collectives_of_psum": collectives(psum.as_text()),
         "flops": compiled.cost_analysis()["flops"],  # a loop's body counts once
       }
     )
