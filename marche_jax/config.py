@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from typing import Any
@@ -39,6 +40,13 @@ def _require_range(config: Any, prefix: str, low: float, high: float, *fields: s
     value = getattr(config, field)
     ok = isinstance(value, int | float) and low <= value <= high  # false for NaN
     _require(ok, prefix + field, value, f"a number in [{low}, {high}]")
+
+
+def _require_positive(config: Any, prefix: str, *fields: str) -> None:
+  for field in fields:
+    value = getattr(config, field)
+    ok = isinstance(value, int | float) and 0 < value < math.inf  # false for NaN
+    _require(ok, prefix + field, value, "a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +84,7 @@ class ModelConfig:
                  "diffloss_d", "diffloss_w", "diffusion_batch_mul")  # fmt: skip
     _require_range(self, p, 0.0, 1.0, "mask_ratio_min", "label_drop_prob")
     _require_range(self, p, 0.0, 0.999, "attn_dropout", "proj_dropout")
-    _require(self.mlp_ratio > 0, p + "mlp_ratio", self.mlp_ratio, "a positive number")
-    _require(self.latent_scale > 0, p + "latent_scale", self.latent_scale, "a positive number")
+    _require_positive(self, p, "mlp_ratio", "latent_scale")
     cell = self.vae_stride * self.patch_size
     _require(
       self.img_size % cell == 0, p + "img_size", self.img_size,
@@ -225,7 +232,7 @@ class TrainConfig:
                  "keep_checkpoints")  # fmt: skip
     _require_int(self, p, 0, "warmup_epochs", "seed", "sample_every")
     _require_range(self, p, 0.0, 1.0, "weight_decay", "beta1", "beta2", "ema_rate", "blr")
-    _require(self.grad_clip > 0, p + "grad_clip", self.grad_clip, "a positive number")
+    _require_positive(self, p, "grad_clip")
     for field, allowed in (
       ("lr_schedule", ("constant", "cosine")), ("dtype", ("float32", "bfloat16")),
     ):  # fmt: skip

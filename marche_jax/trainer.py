@@ -137,7 +137,7 @@ def update(
   params = optax.apply_updates(state.params, updates)
   rate = config.train.ema_rate
   ema = jax.tree.map(lambda e, p: rate * e + (1 - rate) * p, state.ema, params)
-  metrics = {"loss": value, **terms, "grad_norm": optax.global_norm(grads)}
+  metrics = {"loss": value, **terms, "grad_norm": optax.tree.norm(grads)}
   return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 

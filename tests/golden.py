@@ -5,21 +5,31 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import runpy
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from marche_jax import convert
-from marche_jax.config import ModelConfig
+from marche_jax.config import Config, ModelConfig, SampleConfig, freeze
 from marche_jax.models import mar
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 """For properties: compiles in less than half the time. What parity is measured on is plain jit."""
 
 DATA = pathlib.Path(__file__).parent / "data"
+
+RUNS = (
+  "mar_tiny/sample_nocfg.npz",
+  "mar_tiny/sample_cfg_linear.npz",
+  "mar_tiny/sample_cfg_constant.npz",
+  "mar_patch2/sample_cfg_linear.npz",
+)
+"""Recorded sampling runs."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,9 +54,13 @@ def model(name: str) -> tuple[ModelConfig, Any]:
   return config, from_reference(config, load(f"{name}/weights.npz"))
 
 
-def num_sampling_steps(name: str) -> int:
-  """Diffusion steps of the recorded sampling runs."""
-  return json.loads((DATA / name / "config.json").read_text())["num_sampling_steps"]
+def sampling_run(run: str) -> tuple[SampleConfig, dict[str, np.ndarray]]:
+  """How one of `RUNS` was sampled, and everything that was recorded."""
+  steps = json.loads((DATA / run).with_name("config.json").read_text())["num_sampling_steps"]
+  arrays = load(run)
+  meta = json.loads(str(arrays["meta"]))
+  fields = {name: meta[name] for name in ("num_iter", "cfg", "cfg_schedule", "temperature")}
+  return SampleConfig(num_sampling_steps=steps, **fields), arrays
 
 
 def from_reference(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -66,7 +80,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Any:
     fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[-1]
     return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
 
-  return jax.tree.map(fill, mar.abstract_params(config))
+  return jax.tree.map(jnp.asarray, jax.tree.map(fill, mar.abstract_params(config)))
 
 
 def error(ours: Any, golden: np.ndarray, where: np.ndarray | None = None) -> float:
@@ -77,6 +91,12 @@ def error(ours: Any, golden: np.ndarray, where: np.ndarray | None = None) -> flo
     ours, golden = ours[where], golden[where]
   assert golden.size > 1 and golden.std() > 0
   return float(np.max(np.abs(ours - golden)) / np.std(golden))
+
+
+def read_config(name: str) -> Config:
+  """The configuration in `configs/<name>.py`, frozen."""
+  path = DATA.parent.parent / "configs" / f"{name}.py"
+  return freeze(runpy.run_path(str(path))["get_config"]())
 
 
 def by_path(tree: Any) -> dict[str, Any]:

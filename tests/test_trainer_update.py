@@ -29,7 +29,7 @@ FIRST = TrainConfig(batch_size=4, blr=0.064, warmup_epochs=2, epochs=10, ema_rat
 def step(rate, params, gradients):
   optimizer = trainer.make_optimizer(TrainConfig(), rate)
   updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-  return optax.apply_updates(params, updates), optax.global_norm(gradients)
+  return optax.apply_updates(params, updates), optax.tree.norm(gradients)
 
 
 def recorded_step():

@@ -1,0 +1,323 @@
+"""`python -m marche_jax.benchmark`: how long decoding takes, where, and how near the peak that is.
+
+On one device. The whole program is compiled and run as sampling runs it. The split is measured
+apart: encoder, decoder and head of every step shape are compiled on their own and timed, and each
+counts as often as the plan has rows of its shape; what is left of the whole is `other` (drawing
+noise, gathering and scattering tokens, laying out the head's weights), which is slightly negative
+where the parts on their own were slower than in the whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from marche_jax import checkpoint, generation, head_sampler, sampler
+from marche_jax import flags as flags_lib
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.images import atomic_write
+from marche_jax.models.mar import Params, abstract_params
+from marche_jax.plan import DecodePlan, StepShape
+from marche_jax.policies import make_plan
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint directory to take weights from.")
+_RANDOM_WEIGHTS = flags.DEFINE_bool("random_weights", False, "Measure without a checkpoint.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Images decoded together.")
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs, after one that warms up.")
+_OUT = flags.DEFINE_string("out", "benchmark.json", "File for the report.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
+)
+_HEAD_DTYPE = flags.DEFINE_enum(
+  "head_dtype", None, ["float32", "bfloat16"], "Of the head's matrix operands; default: --dtype."
+)
+flags_lib.define_config()
+flags_lib.define_compilation_cache()
+
+
+def random_params(config: ModelConfig, seed: int = 0) -> Params:
+  """Weights of the true size, N(0, 0.02^2) and norm scales 1 + that: nothing in them is zero."""
+  rng = np.random.default_rng(seed)
+
+  def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    centre = 1.0 if path[-1].key == "scale" else 0.0
+    return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32) + np.float32(centre))
+
+  return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def matmul_peak(dtype: Any, tries: int = 8) -> float:
+  """FLOP/s of a square matrix product, the best of some tries."""
+  size = 2048 if jax.default_backend() == "cpu" else 8192
+  x = jnp.full((size, size), 1 / size, dtype)
+  product = jax.jit(jnp.matmul).lower(x, x).compile()
+  return 2 * size**3 / min(_seconds(lambda: product(x, x), tries))
+
+
+def measure(
+  config: ModelConfig,
+  params: Params,
+  sample: SampleConfig,
+  *,
+  batch_size: int = 1,
+  repeats: int = 3,
+  dtype: Any = jnp.float32,
+  head_dtype: Any = jnp.float32,
+) -> dict[str, Any]:
+  """Measures decoding of one batch.
+
+  Args:
+    config, params: of `MAR`.
+    sample: how to decode.
+    batch_size: images decoded together.
+    repeats: timed runs.
+    dtype, head_dtype: as in `sampler.decode`.
+
+  Returns:
+    The report as plain JSON values; `table` shows what it holds. Seconds and FLOPs are per image,
+    memory is of the batch.
+
+  Raises:
+    ValueError: for a value out of range, or where decoding gives NaN or infinity.
+  """
+  for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+    if value < 1:
+      raise ValueError(f"{name}={value}: expected at least 1")
+  plan = make_plan(config, sample)
+  rows, tables = sampler.plan_rows(plan)
+  keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch_size, dtype=jnp.uint32))
+  inputs = sampler.Inputs(jnp.arange(batch_size, dtype=jnp.int32) % config.class_num, keys)
+  state, _ = generation.initial_state(config, keys)
+
+  clock = time.perf_counter()
+  lowered = sampler.jitted_decode.lower(
+    params, state, rows, tables, inputs,
+    config=config, shapes=plan.shapes, dtype=dtype, head_dtype=head_dtype,
+  )  # fmt: skip
+  lower_seconds = time.perf_counter() - clock
+  clock = time.perf_counter()
+  with _cache_hits() as hits:
+    program = lowered.compile()
+  compile_seconds = time.perf_counter() - clock
+  memory = program.memory_analysis()
+  assert memory is not None
+
+  finite = []
+
+  def run() -> jax.Array:
+    fresh = jax.tree.map(jnp.copy, state)  # the program takes its state's memory
+    done, row_is_finite, _ = program(params, fresh, rows, tables, inputs)
+    finite.append(row_is_finite)
+    return done.tokens
+
+  peak = matmul_peak(dtype)
+  seconds = [s / batch_size for s in _seconds(run, repeats)]
+  bad = np.flatnonzero(~np.asarray(finite[-1]).all(axis=1))
+  if bad.size:
+    raise ValueError(f"non-finite latents at iteration {bad[0]} of {len(plan.rows)}")
+  peak = max(peak, matmul_peak(dtype))  # other work on the machine lowers what is measured
+  median = statistics.median(seconds)
+  parts = _parts(plan, params, tables, batch_size, dtype, head_dtype)
+  flops = plan.flops()
+  weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+  device = jax.devices()[0]
+  return {
+    "model": dataclasses.asdict(config),
+    "sample": dataclasses.asdict(sample),
+    "batch_size": batch_size,
+    "dtype": jnp.dtype(dtype).name,
+    "head_dtype": jnp.dtype(head_dtype).name,
+    "device": f"{device.device_kind} ({device.platform})",
+    "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "versions": {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")},
+    "step_shapes": len(plan.shapes),
+    "lower_seconds": lower_seconds,
+    "compile_seconds": compile_seconds,
+    "compiled_from_cache": bool(hits),
+    "runs": seconds,
+    "seconds_per_image": {"median": median, "min": min(seconds), "max": max(seconds)},
+    "split_seconds": parts | {"other": median - sum(parts.values())},
+    "padding": dict(zip(("encoder", "head"), plan.padding())),
+    "gflops_per_image": {k: v / 1e9 for k, v in dataclasses.asdict(flops).items()}
+    | {"total": flops.total / 1e9, "without_padding": plan.flops(padded=False).total / 1e9},
+    "matmul_peak_gflops": peak / 1e9,
+    "fraction_of_peak": {
+      name: (getattr(flops, name) / parts[name] if name in parts else flops.total / median) / peak
+      for name in ("encoder", "decoder", "head", "total")
+    },
+    "temporary_bytes": memory.temp_size_in_bytes,
+    "weight_bytes": weights,
+  }
+
+
+def _seconds(run: Callable[[], Any], repeats: int) -> list[float]:
+  """Seconds of each of some calls, after one that warms up."""
+  seconds = []
+  for _ in range(repeats + 1):
+    clock = time.perf_counter()
+    jax.block_until_ready(run())
+    seconds.append(time.perf_counter() - clock)
+  return seconds[1:]
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+  """Collects an entry for every program that jax takes from its persistent compilation cache."""
+  hits: list[str] = []
+
+  def listen(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+      hits.append(event)
+
+  jax.monitoring.register_event_listener(listen)
+  try:
+    yield hits
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
+
+
+def _parts(
+  plan: DecodePlan,
+  params: Params,
+  tables: sampler.Tables,
+  batch: int,
+  dtype: Any,
+  head_dtype: Any,
+) -> dict[str, float]:
+  """Seconds per image of encoder, decoder and head, from each step shape's on its own."""
+  timesteps = tables.coefficients.timestep
+  prepare = functools.partial(head_sampler.prepare, config=plan.config, dtype=head_dtype)
+  weights = jax.jit(prepare)(params["head"], timesteps=timesteps)
+  total = dict.fromkeys(("encoder", "decoder", "head"), 0.0)
+  rows = collections.Counter((plan.shapes[row.shape], row.process) for row in plan.rows)
+  for (shape, process), count in rows.items():
+    steps = len(plan.processes[process].timesteps)
+    pieces = _pieces(plan.config, params, weights, tables, shape, process, steps, batch, dtype)
+    for name, run in pieces.items():
+      total[name] += count * min(_seconds(run, 2)) / batch
+  return total
+
+
+def _pieces(
+  config: ModelConfig,
+  params: Params,
+  weights: head_sampler.HeadWeights,
+  tables: sampler.Tables,
+  shape: StepShape,
+  process: int,
+  steps: int,
+  batch: int,
+  dtype: Any,
+) -> dict[str, Callable[[], jax.Array]]:
+  """What one row of a step shape runs, each part compiled when it is first called."""
+  halves, slots = shape.guidance_halves, shape.predict_slots
+  order = jnp.broadcast_to(jnp.arange(config.seq_len), (batch, config.seq_len))
+  state = sampler.DecodeState(jnp.ones((batch, config.seq_len, config.token_dim)), order)
+  embedding = jnp.ones((halves * batch, config.encoder_embed_dim))
+  predict = jnp.broadcast_to(jnp.arange(slots), (halves * batch, slots))
+  coefficients = jax.tree.map(lambda x: jnp.asarray(x[process]), tables.coefficients)
+
+  encode = jax.jit(
+    lambda p: sampler.run_encoder(
+      p, config, dtype, state, embedding, shape.encoder_slots, jnp.int32(shape.encoder_slots)
+    )
+  )
+  decode = jax.jit(lambda p, x: sampler.run_decoder(p, config, dtype, x, predict))
+
+  @jax.jit
+  def head(weights: head_sampler.HeadWeights, z: jax.Array, noise: jax.Array) -> jax.Array:
+    return head_sampler.sample(
+      weights, z, halves, table=jnp.int32(process), coefficients=coefficients, steps=steps,
+      cfg=jnp.float32(2.0), temperature=jnp.float32(1.0), initial_noise=noise,
+      step_noise=lambda i, timestep: noise,
+    )  # fmt: skip
+
+  x = encode(params)
+  z = decode(params, x).astype(jnp.float32).reshape(halves * batch * slots, -1)
+  noise = jax.random.normal(jax.random.key(0), (batch * slots, config.token_dim))
+  return {
+    "encoder": lambda: encode(params),
+    "decoder": lambda: decode(params, x),
+    "head": lambda: head(weights, z, noise),
+  }
+
+
+def table(report: dict[str, Any]) -> str:
+  """The report as text."""
+  sample, versions, padding = report["sample"], report["versions"], report["padding"]
+  split, flops = report["split_seconds"], report["gflops_per_image"]
+  fraction, seconds = report["fraction_of_peak"], report["seconds_per_image"]
+  temporary, weights = (report[k] / 2**30 for k in ("temporary_bytes", "weight_bytes"))
+  cached = ", from the compilation cache" if report["compiled_from_cache"] else ""
+  lines = [
+    f"device            {report['device']}, {report['cpus']} CPUs; jax {versions['jax']}",
+    f"model             {report['name']}, batch {report['batch_size']}, {report['dtype']}, head "
+    f"{report['head_dtype']}",
+    f"decoding          policy {sample['policy']}, {sample['num_iter']} iterations, "
+    f"{sample['num_sampling_steps']} diffusion steps, guidance {sample['cfg']}",
+    f"compile           {report['compile_seconds']:.1f} s{cached}, tracing "
+    f"{report['lower_seconds']:.1f} s; {report['step_shapes']} step shapes",
+    f"memory            {temporary:.3f} GiB temporary, {weights:.3f} GiB of weights "
+    f"({temporary / weights:.2f}x)",
+    f"matmul peak       {report['matmul_peak_gflops']:.0f} GFLOP/s in {report['dtype']}",
+    f"padded / exact    tokens: encoder {padding['encoder']:.2f}, head {padding['head']:.2f}; "
+    f"FLOPs: {flops['total'] / flops['without_padding']:.2f}",
+    "",
+    "per image      seconds   share     GFLOP   of peak",
+  ]
+  for name in ("encoder", "decoder", "head"):
+    share = split[name] / seconds["median"]
+    lines.append(
+      f"  {name:9s} {split[name]:10.3f} {share:7.0%} {flops[name]:9.1f} {fraction[name]:9.0%}"
+    )
+  lines.append(f"  other     {split['other']:10.3f} {split['other'] / seconds['median']:7.0%}")
+  lines.append(
+    f"  total     {seconds['median']:10.3f}         {flops['total']:9.1f} {fraction['total']:9.0%}"
+    f"   (median of {len(report['runs'])}; {seconds['min']:.3f} to {seconds['max']:.3f})"
+  )
+  return "\n".join(lines)
+
+
+def main() -> None:
+  flags_lib.enable_compilation_cache()
+  config = flags_lib.parsed_config()
+  if _RANDOM_WEIGHTS.value == (_CHECKPOINT.value is not None):
+    raise ValueError("expected one of --checkpoint=DIR and --random_weights")
+  out = pathlib.Path(_OUT.value)
+  if not out.absolute().parent.is_dir():
+    raise ValueError(f"--out={out}: expected a file in a directory that exists")
+  if _CHECKPOINT.value is None:
+    params = random_params(config.model)
+  else:
+    params = checkpoint.load_model(_CHECKPOINT.value, config.model).params
+  report = {"name": config.name, "weights": _CHECKPOINT.value or "random"} | measure(
+    config.model,
+    params,
+    config.sample,
+    batch_size=_BATCH_SIZE.value,
+    repeats=_REPEATS.value,
+    dtype=jnp.dtype(_DTYPE.value),
+    head_dtype=jnp.dtype(_HEAD_DTYPE.value or _DTYPE.value),
+  )
+  with atomic_write(out) as aside:
+    aside.write_text(json.dumps(report, indent=2) + "\n")
+  print(table(report))
+
+
+if __name__ == "__main__":
+  flags_lib.run(main)

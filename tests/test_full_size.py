@@ -1,0 +1,129 @@
+"""MAR-B at full size against the PyTorch reference, with weights made by a rule (no file needed).
+
+Needs about 4 GB of memory and some minutes; deselect with -m 'not slow'.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from golden import error, load
+from golden import exact_matmuls as exact_matmuls
+from rule import rule_weights
+
+from marche_jax import convert, sampler
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.models import mar
+from marche_jax.models.mar import MAR
+from marche_jax.policies import make_plan
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4  # maximum absolute error over the reference's standard deviation
+MAX_TEMPORARY = 1.5  # temporary memory of the compiled sampler over the weights
+
+CONFIG = ModelConfig()
+
+
+@pytest.fixture(scope="module")
+def params():
+  """Every tensor is made when the converter asks for it, so that they exist once only."""
+  manifest = json.loads((golden.DATA / "manifests" / "mar_base.json").read_text())
+  tensors = {
+    name: convert.Tensor(
+      tuple(shape), "float32", lambda name=name, shape=shape: rule_weights({name: shape})[name]
+    )
+    for name, shape in manifest.items()
+  }
+  return jax.device_put(convert.convert(tensors, "mar", CONFIG), may_alias=True)
+
+
+@pytest.fixture(scope="module")
+def computed(params):
+  """All arrays of `rule/mar_base.npz`, computed by our modules."""
+  f = load("rule/mar_base.npz")
+  visible = int((f["mask"] == 0).sum())
+
+  @functools.partial(jax.jit, static_argnames="dropped")
+  def transformer(params, tokens, mask, labels, dropped):
+    apply = functools.partial(MAR(CONFIG).apply, {"params": params})
+    embedding = apply(labels, jnp.full(labels.shape, dropped), method="class_embedding")
+    encoded = apply(tokens, mask, embedding, visible, method="encode")
+    return encoded[0], apply(*encoded, method="decode")
+
+  @jax.jit
+  def head(params, *args):
+    return MAR(CONFIG).apply({"params": params}, *args, method=lambda m, *args: m.head(*args))
+
+  inputs = f["tokens"], f["mask"], f["labels"]
+  encoded, decoded = transformer(params, *inputs, dropped=False)
+  _, unconditional = transformer(params, *inputs, dropped=True)
+  return {
+    "encoder_out": encoded,
+    "decoder_out": decoded,
+    "decoder_out_uncond": unconditional,
+    "net_out": head(params, f["net_x"], f["net_t"], f["net_c"]),
+  }, f
+
+
+@pytest.mark.parametrize("key", ["encoder_out", "decoder_out", "decoder_out_uncond", "net_out"])
+def test_forward_parity(computed, key):
+  ours, f = computed
+  assert error(ours[key], f[key]) <= TOLERANCE
+
+
+def test_teacher_forced_decoding_parity(params):
+  """64 iterations: z of every position at the moment when it is predicted."""
+  g = load("peers/full.npz")
+  sample = SampleConfig(num_iter=64, cfg=3.0, cfg_schedule="linear", num_sampling_steps=1)
+  plan = make_plan(CONFIG, sample)
+  np.testing.assert_array_equal(
+    np.asarray([row.cfg for row in plan.rows], np.float32), g["cfg_per_iter"]
+  )
+  rows, tables = sampler.plan_rows(plan)
+  state, _, trace = sampler.jitted_decode(
+    params,
+    sampler.DecodeState(np.zeros_like(g["tokens"]), g["order"]),
+    rows,
+    tables,
+    sampler.Inputs(
+      g["labels"], sampler.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]
+    ),
+    config=CONFIG,
+    shapes=plan.shapes,
+    trace=True,
+  )
+  np.testing.assert_array_equal(state.tokens, g["tokens"])
+  z = np.asarray(trace.z)[:, :, 0]  # [iteration, half, position, width]
+  predicted = np.any(z != 0, axis=(1, 3))
+  np.testing.assert_array_equal(predicted.sum(axis=0), 1)
+  np.testing.assert_array_equal(predicted.argmax(axis=0), g["iteration"])
+  positions = np.arange(CONFIG.seq_len)
+  for half, key in enumerate(("z_cond", "z_uncond")):
+    assert error(z[g["iteration"], half, positions], g[key]) <= TOLERANCE, key
+
+
+def test_temporary_memory():
+  """The sampler copies neither its weights nor a state: compiled from shapes alone."""
+  weights = mar.abstract_params(CONFIG)
+  plan = make_plan(CONFIG, SampleConfig(num_iter=64))
+  rows, tables = sampler.plan_rows(plan)
+  state = sampler.DecodeState(
+    jax.ShapeDtypeStruct((1, CONFIG.seq_len, CONFIG.token_dim), jnp.float32),
+    jax.ShapeDtypeStruct((1, CONFIG.seq_len), jnp.int32),
+  )
+  keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), jnp.arange(1)))
+  inputs = sampler.Inputs(jax.ShapeDtypeStruct((1,), jnp.int32), keys)
+  lowered = sampler.jitted_decode.lower(
+    weights, state, rows, tables, inputs, config=CONFIG, shapes=plan.shapes
+  )
+  memory = lowered.compile().memory_analysis()
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+  assert memory.argument_size_in_bytes > size
+  assert memory.temp_size_in_bytes < MAX_TEMPORARY * size
