@@ -61,7 +61,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
   return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
 
 
-def matmul_peak(dtype: Any, tries: int = 8) -> float:
+def matmul_peak(dtype: Any, tries: int = 5) -> float:
   """FLOP/s of a square matrix product, the best of some tries."""
   size = 2048 if jax.default_backend() == "cpu" else 8192
   x = jnp.full((size, size), 1 / size, dtype)

@@ -76,7 +76,7 @@ def enable_compilation_cache() -> None:
   directory = flags.FLAGS.compilation_cache
   if directory:
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -32,7 +32,7 @@ from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
 from marche_jax.embedded import CHECKPOINT, CONFIG
 from marche_jax.images import atomic_write, check_writable, grid, write_png
-from marche_jax.models.mar import unpatchify
+from marche_jax.models.mar import inference_params, unpatchify
 from marche_jax.policies import make_plan
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint directory; default: embedded.")
@@ -109,6 +109,7 @@ def run(
   mesh = None
   if len(devices) > 1:
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+  model = dataclasses.replace(model, params=inference_params(model.params, dtype))
   decoder = generation.Decoder(
     plan, dtype=dtype, head_dtype=dtype, mesh=mesh, chunk=-(-len(plan.rows) // 8)
   )

@@ -1,6 +1,6 @@
 """MAR-B at full size against the PyTorch reference, with weights made by a rule (no file needed).
 
-Needs about 4 GB of memory and some minutes; deselect with -m 'not slow'.
+Needs 2 GB of memory and four minutes; runs with -m slow.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ def _compile(config: str, batch_per_chip: int) -> dict[str, Any]:
     **os.environ,
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no TPU is opened that another process could hold
     "PYTHONPATH": str(ROOT),
   }
   done = subprocess.run(
