@@ -35,19 +35,22 @@ from marche_jax.models.mar import Params, abstract_params
 from marche_jax.plan import DecodePlan, StepShape
 from marche_jax.policies import make_plan
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint directory to take weights from.")
-_RANDOM_WEIGHTS = flags.DEFINE_bool("random_weights", False, "Measure without a checkpoint.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Images decoded together.")
-_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed runs, after one that warms up.")
-_OUT = flags.DEFINE_string("out", "benchmark.json", "File for the report.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
-)
-_HEAD_DTYPE = flags.DEFINE_enum(
-  "head_dtype", None, ["float32", "bfloat16"], "Of the head's matrix operands; default: --dtype."
-)
-flags_lib.define_config()
-flags_lib.define_compilation_cache()
+
+def define_flags() -> None:
+  """Defines the command's flags: when it runs, not when its functions are imported."""
+  flags.DEFINE_string("checkpoint", None, "Checkpoint directory to take weights from.")
+  flags.DEFINE_bool("random_weights", False, "Measure without a checkpoint.")
+  flags.DEFINE_integer("batch_size", 1, "Images decoded together.")
+  flags.DEFINE_integer("repeats", 3, "Timed runs, after one that warms up.")
+  flags.DEFINE_string("out", "benchmark.json", "File for the report.")
+  flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
+  )
+  flags.DEFINE_enum(
+    "head_dtype", None, ["float32", "bfloat16"], "Of the head's matrix operands; default: --dtype."
+  )
+  flags_lib.define_config()
+  flags_lib.define_compilation_cache()
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:
@@ -296,23 +299,23 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
   flags_lib.enable_compilation_cache()
   config = flags_lib.parsed_config()
-  if _RANDOM_WEIGHTS.value == (_CHECKPOINT.value is not None):
+  if flags.FLAGS.random_weights == (flags.FLAGS.checkpoint is not None):
     raise ValueError("expected one of --checkpoint=DIR and --random_weights")
-  out = pathlib.Path(_OUT.value)
+  out = pathlib.Path(flags.FLAGS.out)
   if not out.absolute().parent.is_dir():
     raise ValueError(f"--out={out}: expected a file in a directory that exists")
-  if _CHECKPOINT.value is None:
+  if flags.FLAGS.checkpoint is None:
     params = random_params(config.model)
   else:
-    params = checkpoint.load_model(_CHECKPOINT.value, config.model).params
-  report = {"name": config.name, "weights": _CHECKPOINT.value or "random"} | measure(
+    params = checkpoint.load_model(flags.FLAGS.checkpoint, config.model).params
+  report = {"name": config.name, "weights": flags.FLAGS.checkpoint or "random"} | measure(
     config.model,
     params,
     config.sample,
-    batch_size=_BATCH_SIZE.value,
-    repeats=_REPEATS.value,
-    dtype=jnp.dtype(_DTYPE.value),
-    head_dtype=jnp.dtype(_HEAD_DTYPE.value or _DTYPE.value),
+    batch_size=flags.FLAGS.batch_size,
+    repeats=flags.FLAGS.repeats,
+    dtype=jnp.dtype(flags.FLAGS.dtype),
+    head_dtype=jnp.dtype(flags.FLAGS.head_dtype or flags.FLAGS.dtype),
   )
   with atomic_write(out) as aside:
     aside.write_text(json.dumps(report, indent=2) + "\n")
@@ -320,4 +323,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   flags_lib.run(main)

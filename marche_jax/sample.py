@@ -35,24 +35,27 @@ from marche_jax.images import atomic_write, check_writable, grid, write_png
 from marche_jax.models.mar import inference_params, unpatchify
 from marche_jax.policies import make_plan
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Checkpoint directory; default: embedded.")
-_OUT = flags.DEFINE_string("out", "samples", "Directory for samples.npz, grid.png, report.json.")
-_NUM_IMAGES = flags.DEFINE_integer(
-  "num_images", None, "Images to draw; default: one per entry of --labels, else 100."
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 50, "Images per batch, over all devices.")
-_LABELS = flags.DEFINE_list(
-  "labels", None, "Classes, repeated in turn; default: all of them, equally often, in order."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i, label) alone.")
-_POLICY = flags.DEFINE_string("policy", None, "Short for --config.sample.policy.")
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
-)
-_SAVE_LATENTS = flags.DEFINE_bool("save_latents", False, "Also store latents in samples.npz.")
-_PRINT_PLAN = flags.DEFINE_bool("print_plan", False, "Print the plan and stop.")
-flags_lib.define_config(str(CONFIG))
-flags_lib.define_compilation_cache()
+
+def define_flags() -> None:
+  """Defines the command's flags: when it runs, not when its functions are imported."""
+  flags.DEFINE_string("checkpoint", None, "Checkpoint directory; default: embedded.")
+  flags.DEFINE_string("out", "samples", "Directory for samples.npz, grid.png, report.json.")
+  flags.DEFINE_integer(
+    "num_images", None, "Images to draw; default: one per entry of --labels, else 100."
+  )
+  flags.DEFINE_integer("batch_size", 50, "Images per batch, over all devices.")
+  flags.DEFINE_list(
+    "labels", None, "Classes, repeated in turn; default: all of them, equally often, in order."
+  )
+  flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i, label) alone.")
+  flags.DEFINE_string("policy", None, "Short for --config.sample.policy.")
+  flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
+  )
+  flags.DEFINE_bool("save_latents", False, "Also store latents in samples.npz.")
+  flags.DEFINE_bool("print_plan", False, "Print the plan and stop.")
+  flags_lib.define_config(str(CONFIG))
+  flags_lib.define_compilation_cache()
 
 
 def choose_labels(labels: list[int] | None, num_images: int, class_num: int) -> np.ndarray:
@@ -230,14 +233,14 @@ def load(checkpoint_dir: str | None, config_flag: Any) -> tuple[Model, SampleCon
 
 def main() -> None:
   flags_lib.enable_compilation_cache()
-  model, sample_config = load(_CHECKPOINT.value, flags.FLAGS["config"])
-  if _POLICY.value is not None:
-    sample_config = dataclasses.replace(sample_config, policy=_POLICY.value)
-  if _PRINT_PLAN.value:
+  model, sample_config = load(flags.FLAGS.checkpoint, flags.FLAGS["config"])
+  if flags.FLAGS.policy is not None:
+    sample_config = dataclasses.replace(sample_config, policy=flags.FLAGS.policy)
+  if flags.FLAGS.print_plan:
     print(make_plan(model.config, sample_config).table())
     return
-  given = None if _LABELS.value is None else parse_labels(_LABELS.value)
-  num_images = _NUM_IMAGES.value
+  given = None if flags.FLAGS.labels is None else parse_labels(flags.FLAGS.labels)
+  num_images = flags.FLAGS.num_images
   if num_images is None:
     num_images = len(given) if given else 100
   if num_images < 1:
@@ -246,16 +249,14 @@ def main() -> None:
     model,
     sample_config,
     choose_labels(given, num_images, model.config.class_num),
-    out=pathlib.Path(_OUT.value),
-    batch_size=_BATCH_SIZE.value,
-    seed=_SEED.value,
-    dtype=jnp.dtype(_DTYPE.value),
-    save_latents=_SAVE_LATENTS.value,
+    out=pathlib.Path(flags.FLAGS.out),
+    batch_size=flags.FLAGS.batch_size,
+    seed=flags.FLAGS.seed,
+    dtype=jnp.dtype(flags.FLAGS.dtype),
+    save_latents=flags.FLAGS.save_latents,
   )
-  print(
-    f"{num_images} images in {_OUT.value}: compiled in {report['compile_seconds']:.1f} s, drawn in "
-    f"{report['run_seconds']:.1f} s"
-  )
+  seconds = f"compiled in {report['compile_seconds']:.1f} s, drawn in {report['run_seconds']:.1f} s"
+  print(f"{num_images} images in {flags.FLAGS.out}: {seconds}")
 
 
 def parse_labels(values: list[str]) -> list[int]:
@@ -272,4 +273,5 @@ def parse_labels(values: list[str]) -> list[int]:
 
 
 if __name__ == "__main__":
+  define_flags()
   flags_lib.run(main)

@@ -19,23 +19,26 @@ from marche_jax import flags as flags_lib
 from marche_jax.config import Config
 from marche_jax.images import check_writable, grid, write_png
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/NAME.")
-_EXPORT = flags.DEFINE_string("export", None, "Write the last EMA weights there and stop.")
-_EXPORT_DTYPE = flags.DEFINE_enum(
-  "export_dtype", "float32", list(checkpoint.DTYPES), "How --export stores weights."
-)
-_VAE = flags.DEFINE_string(
-  "vae", None, "Checkpoint directory with the autoencoder that decodes sample grids of latents."
-)
-flags_lib.define_config()
-flags_lib.define_compilation_cache()
+
+def define_flags() -> None:
+  """Defines the command's flags: when it runs, not when its functions are imported."""
+  flags.DEFINE_string("workdir", None, "Where the run lives; default: runs/NAME.")
+  flags.DEFINE_string("export", None, "Write the last EMA weights there and stop.")
+  flags.DEFINE_enum(
+    "export_dtype", "float32", list(checkpoint.DTYPES), "How --export stores weights."
+  )
+  flags.DEFINE_string(
+    "vae", None, "Checkpoint directory with the autoencoder that decodes sample grids of latents."
+  )
+  flags_lib.define_config()
+  flags_lib.define_compilation_cache()
 
 
 def draw_grid(config: Config, params: Any, path: pathlib.Path) -> None:
   """Writes a grid of samples: eight columns, a class per row at most."""
   vae_config, vae_params = None, None
-  if config.vae is not None and _VAE.value is not None:
-    vae_config, vae_params = checkpoint.load_part(_VAE.value, "vae")
+  if config.vae is not None and flags.FLAGS.vae is not None:
+    vae_config, vae_params = checkpoint.load_part(flags.FLAGS.vae, "vae")
   model = checkpoint.Model(config.model, params, vae_config, vae_params)
   rows = min(config.model.class_num, 10)
   labels = np.repeat(np.arange(rows), 8)
@@ -46,14 +49,14 @@ def draw_grid(config: Config, params: Any, path: pathlib.Path) -> None:
 def main() -> None:
   flags_lib.enable_compilation_cache()
   config = flags_lib.parsed_config()
-  workdir = check_writable(_WORKDIR.value or pathlib.Path("runs") / config.name)
-  if _EXPORT.value is not None:
+  workdir = check_writable(flags.FLAGS.workdir or pathlib.Path("runs") / config.name)
+  if flags.FLAGS.export is not None:
     params, step = trainer.load_ema(workdir, config)
     checkpoint.save_model(
-      _EXPORT.value, "mar", config.model, params,
-      sample_config=config.sample, dtype=_EXPORT_DTYPE.value,
+      flags.FLAGS.export, "mar", config.model, params,
+      sample_config=config.sample, dtype=flags.FLAGS.export_dtype,
     )  # fmt: skip
-    print(f"{_EXPORT.value}: EMA weights of update {step}")
+    print(f"{flags.FLAGS.export}: EMA weights of update {step}")
     return
 
   def on_sample(params: Any, step: int) -> None:
@@ -62,9 +65,10 @@ def main() -> None:
     except generation.NonFiniteLatentsError as error:
       print(f"no samples at update {step}: {error}")
 
-  draws = config.vae is None or _VAE.value is not None
+  draws = config.vae is None or flags.FLAGS.vae is not None
   trainer.train(config, workdir, on_sample if draws else None)
 
 
 if __name__ == "__main__":
+  define_flags()
   flags_lib.run(main)

@@ -25,10 +25,15 @@ from marche_jax import config as config_lib
 from marche_jax import data, quality
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data", "", "directory of the IDX files; by default the Debian package's")
-flags.DEFINE_string("out", str(quality.CLASSIFIER_FILE), "file to write (.npz)")
-flags.DEFINE_integer("epochs", 15, "passes over the training images", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "of the initial weights, the order and the shifts", lower_bound=0)
+
+
+def define_flags() -> None:
+  """Defines the command's flags: when it runs, not when its functions are imported."""
+  flags.DEFINE_string("data", "", "directory of the IDX files; by default the Debian package's")
+  flags.DEFINE_string("out", str(quality.CLASSIFIER_FILE), "file to write (.npz)")
+  flags.DEFINE_integer("epochs", 15, "passes over the training images", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "of the initial weights, the order and the shifts", lower_bound=0)
+
 
 BATCH = 128
 PEAK_LEARNING_RATE = 2e-3
@@ -133,4 +138,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(main)
