@@ -1,25 +1,22 @@
 """`python -m marche_jax.benchmark`: how long decoding takes, where, and how near the peak that is.
 
-On one device. The whole program is compiled and run as sampling runs it. The split is measured
-apart: encoder, decoder and head of every step shape are compiled on their own and timed, and each
-counts as often as the plan has rows of its shape; what is left of the whole is `other` (drawing
-noise, gathering and scattering tokens, laying out the head's weights), which is slightly negative
-where the parts on their own were slower than in the whole.
+On one device. The whole program is compiled and run as sampling runs it; the split is measured
+apart (see `profiling.py`). What is left of the whole is `other` (drawing noise, gathering and
+scattering tokens, laying out the head's weights), which is slightly negative where the parts on
+their own were slower than in the whole.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,12 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from marche_jax import checkpoint, generation, head_sampler, sampler
+from marche_jax import checkpoint, generation, profiling, sampler
 from marche_jax import flags as flags_lib
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.images import atomic_write
 from marche_jax.models.mar import Params, abstract_params
-from marche_jax.plan import DecodePlan, StepShape
 from marche_jax.policies import make_plan
 
 
@@ -69,7 +65,7 @@ def matmul_peak(dtype: Any, tries: int = 5) -> float:
   size = 2048 if jax.default_backend() == "cpu" else 8192
   x = jnp.full((size, size), 1 / size, dtype)
   product = jax.jit(jnp.matmul).lower(x, x).compile()
-  return 2 * size**3 / min(_seconds(lambda: product(x, x), tries))
+  return 2 * size**3 / min(profiling.seconds(lambda: product(x, x), tries))
 
 
 def measure(
@@ -129,13 +125,13 @@ def measure(
     return done.tokens
 
   peak = matmul_peak(dtype)
-  seconds = [s / batch_size for s in _seconds(run, repeats)]
+  seconds = [s / batch_size for s in profiling.seconds(run, repeats)]
   bad = np.flatnonzero(~np.asarray(finite[-1]).all(axis=1))
   if bad.size:
     raise ValueError(f"non-finite latents at iteration {bad[0]} of {len(plan.rows)}")
   peak = max(peak, matmul_peak(dtype))  # other work on the machine lowers what is measured
   median = statistics.median(seconds)
-  parts = _parts(plan, params, tables, batch_size, dtype, head_dtype)
+  parts = profiling.split(plan, params, batch_size, dtype, head_dtype)
   flops = plan.flops()
   weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
   device = jax.devices()[0]
@@ -168,16 +164,6 @@ def measure(
   }
 
 
-def _seconds(run: Callable[[], Any], repeats: int) -> list[float]:
-  """Seconds of each of some calls, after one that warms up."""
-  seconds = []
-  for _ in range(repeats + 1):
-    clock = time.perf_counter()
-    jax.block_until_ready(run())
-    seconds.append(time.perf_counter() - clock)
-  return seconds[1:]
-
-
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
   """Collects an entry for every program that jax takes from its persistent compilation cache."""
@@ -192,72 +178,6 @@ def _cache_hits() -> Iterator[list[str]]:
     yield hits
   finally:
     jax.monitoring.unregister_event_listener(listen)
-
-
-def _parts(
-  plan: DecodePlan,
-  params: Params,
-  tables: sampler.Tables,
-  batch: int,
-  dtype: Any,
-  head_dtype: Any,
-) -> dict[str, float]:
-  """Seconds per image of encoder, decoder and head, from each step shape's on its own."""
-  timesteps = tables.coefficients.timestep
-  prepare = functools.partial(head_sampler.prepare, config=plan.config, dtype=head_dtype)
-  weights = jax.jit(prepare)(params["head"], timesteps=timesteps)
-  total = dict.fromkeys(("encoder", "decoder", "head"), 0.0)
-  rows = collections.Counter((plan.shapes[row.shape], row.process) for row in plan.rows)
-  for (shape, process), count in rows.items():
-    steps = len(plan.processes[process].timesteps)
-    pieces = _pieces(plan.config, params, weights, tables, shape, process, steps, batch, dtype)
-    for name, run in pieces.items():
-      total[name] += count * min(_seconds(run, 2)) / batch
-  return total
-
-
-def _pieces(
-  config: ModelConfig,
-  params: Params,
-  weights: head_sampler.HeadWeights,
-  tables: sampler.Tables,
-  shape: StepShape,
-  process: int,
-  steps: int,
-  batch: int,
-  dtype: Any,
-) -> dict[str, Callable[[], jax.Array]]:
-  """What one row of a step shape runs, each part compiled when it is first called."""
-  halves, slots = shape.guidance_halves, shape.predict_slots
-  order = jnp.broadcast_to(jnp.arange(config.seq_len), (batch, config.seq_len))
-  state = sampler.DecodeState(jnp.ones((batch, config.seq_len, config.token_dim)), order)
-  embedding = jnp.ones((halves * batch, config.encoder_embed_dim))
-  predict = jnp.broadcast_to(jnp.arange(slots), (halves * batch, slots))
-  coefficients = jax.tree.map(lambda x: jnp.asarray(x[process]), tables.coefficients)
-
-  encode = jax.jit(
-    lambda p: sampler.run_encoder(
-      p, config, dtype, state, embedding, shape.encoder_slots, jnp.int32(shape.encoder_slots)
-    )
-  )
-  decode = jax.jit(lambda p, x: sampler.run_decoder(p, config, dtype, x, predict))
-
-  @jax.jit
-  def head(weights: head_sampler.HeadWeights, z: jax.Array, noise: jax.Array) -> jax.Array:
-    return head_sampler.sample(
-      weights, z, halves, table=jnp.int32(process), coefficients=coefficients, steps=steps,
-      cfg=jnp.float32(2.0), temperature=jnp.float32(1.0), initial_noise=noise,
-      step_noise=lambda i, timestep: noise,
-    )  # fmt: skip
-
-  x = encode(params)
-  z = decode(params, x).astype(jnp.float32).reshape(halves * batch * slots, -1)
-  noise = jax.random.normal(jax.random.key(0), (batch * slots, config.token_dim))
-  return {
-    "encoder": lambda: encode(params),
-    "decoder": lambda: decode(params, x),
-    "head": lambda: head(weights, z, noise),
-  }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from marche_jax import checkpoint, generation, sampler
+from marche_jax import checkpoint, generation, profiling, sampler
 from marche_jax import flags as flags_lib
 from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
@@ -53,6 +53,9 @@ def define_flags() -> None:
     "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
   )
   flags.DEFINE_bool("save_latents", False, "Also store latents in samples.npz.")
+  flags.DEFINE_bool(
+    "profile", False, "Also measure transformer and head apart (compiles and runs them once more)."
+  )
   flags.DEFINE_bool("print_plan", False, "Print the plan and stop.")
   flags_lib.define_config(str(CONFIG))
   flags_lib.define_compilation_cache()
@@ -75,8 +78,12 @@ def run(
   seed: int,
   dtype: Any = jnp.float32,
   save_latents: bool = False,
+  profile: bool = False,
 ) -> dict[str, Any]:
   """Draws one image per label into `out`; returns the report that it wrote there.
+
+  With `profile` the report also holds `split_seconds`: seconds per image of 'transformer' (encoder
+  and decoder) and 'head', measured apart on one device with its share of the batch.
 
   Raises:
     ValueError: for a value out of range, or a directory that cannot be written.
@@ -142,6 +149,12 @@ def run(
     "images_per_second": drawn / run_seconds if drawn else None,
     "gflops_per_image": plan.flops().total / 1e9,
   }
+  if profile:
+    print("profiling ...", file=sys.stderr, flush=True)
+    split = profiling.split(plan, model.params, batch_size // len(devices), dtype, dtype)
+    report["split_seconds"] = {
+      "transformer": split["encoder"] + split["decoder"], "head": split["head"]
+    }  # fmt: skip
   _collect(parts, out, labels, save_latents)
   with atomic_write(out / "report.json") as aside:
     aside.write_text(json.dumps(report, indent=2) + "\n")
@@ -254,9 +267,12 @@ def main() -> None:
     seed=flags.FLAGS.seed,
     dtype=jnp.dtype(flags.FLAGS.dtype),
     save_latents=flags.FLAGS.save_latents,
+    profile=flags.FLAGS.profile,
   )
   seconds = f"compiled in {report['compile_seconds']:.1f} s, drawn in {report['run_seconds']:.1f} s"
   print(f"{num_images} images in {flags.FLAGS.out}: {seconds}")
+  if split := report.get("split_seconds"):
+    print(", ".join(f"{name} {value:.3f} s" for name, value in split.items()) + " per image")
 
 
 def parse_labels(values: list[str]) -> list[int]:

@@ -50,6 +50,14 @@ def test_files_and_batch_size(model: Model, tmp_path: pathlib.Path) -> None:
     np.testing.assert_allclose(file["latents"], latents, atol=1e-3 * latents.std())
 
 
+def test_profile_splits_the_time(model: Model, tmp_path: pathlib.Path) -> None:
+  report = draw(model, tmp_path, profile=True)
+  assert set(report["split_seconds"]) == {"transformer", "head"}
+  assert min(report["split_seconds"].values()) > 0
+  assert json.loads((tmp_path / "report.json").read_text()) == report
+  assert "split_seconds" not in draw(model, tmp_path / "without")
+
+
 def test_an_interrupted_run_goes_on(
   model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
