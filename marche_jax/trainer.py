@@ -29,7 +29,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from marche_jax import data as data_lib
-from marche_jax import losses
+from marche_jax import losses, sources
 from marche_jax.config import Config, ModelConfig, TrainConfig
 from marche_jax.images import atomic_write
 from marche_jax.models import mar
@@ -204,7 +204,7 @@ def train(
     raise ValueError(
       f"train.batch_size={t.batch_size}: expected a multiple of the {len(devices)} devices"
     )
-  source = data_lib.open_source(config.data, config.model)
+  source = sources.open_source(config.data, config.model)
   batches = data_lib.make_iterator(
     source, t.batch_size, t.seed, config.data.flip, config.data.num_workers, config.model
   )

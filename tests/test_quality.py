@@ -16,7 +16,7 @@ import pytest
 
 from marche_jax import quality
 from marche_jax.config import DataConfig, ModelConfig
-from marche_jax.data import FASHION_MNIST, open_source
+from marche_jax.sources import FASHION_MNIST, open_source
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "train_classifier.py"

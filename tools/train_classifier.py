@@ -22,7 +22,7 @@ import optax
 from absl import app, flags
 
 from marche_jax import config as config_lib
-from marche_jax import data, quality
+from marche_jax import quality, sources
 
 FLAGS = flags.FLAGS
 
@@ -46,7 +46,7 @@ def read_split(path: str, split: str) -> tuple[np.ndarray, np.ndarray]:
   model = config_lib.ModelConfig(
     img_size=28, vae_stride=1, patch_size=4, vae_embed_dim=1, class_num=quality.NUM_CLASSES
   )
-  source = data.open_source(config_lib.DataConfig(source="idx", path=path, split=split), model)
+  source = sources.open_source(config_lib.DataConfig(source="idx", path=path, split=split), model)
   items = [source[i] for i in range(len(source))]
   return np.stack([i["image"] for i in items]), np.array([i["label"] for i in items], np.int32)
 
