@@ -35,11 +35,11 @@ def read_samples(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     ValueError: where it is no such archive; names what is missing.
   """
   try:
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(path, allow_pickle=False) as file:  # TypeError: of a .npy, which is no archive
       if missing := {"arr_0", "arr_1"} - set(file.files):
         raise ValueError(f"no array {min(missing)}")
       return file["arr_0"], file["arr_1"]
-  except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
+  except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
     raise ValueError(
       f"--samples={path}: expected a samples.npz of marche_jax.sample: {error}"
     ) from error

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marche_jax import sampler
 from marche_jax.checkpoint import Model
-from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
 from marche_jax.images import to_uint8
 from marche_jax.models import vae
 from marche_jax.models.mar import Params, unpatchify
@@ -50,32 +50,38 @@ class Decoder:
     """Args: plan; dtypes as in `sampler.decode`; mesh: shard images over its `data` axis."""
     self.plan = plan
     self.chunk = len(plan.rows) if chunk is None else min(chunk, len(plan.rows))
+    self._mesh = mesh
     self._rows, self._tables = sampler.plan_rows(plan)
     static = {
       "config": plan.config, "shapes": plan.shapes, "dtype": dtype, "head_dtype": head_dtype
     }  # fmt: skip
-    self._decode: Callable = (
-      functools.partial(sampler.jitted_decode, **static)
-      if mesh is None
-      else sampler.sharded_decode(mesh, **static)
+    # Without a mesh the jitted function is shared, and its programs with it.
+    self._decode: Any = (
+      sampler.jitted_decode if mesh is None else sampler.sharded_decode(mesh, **static)
     )
-    self._lower = functools.partial(
-      (sampler.jitted_decode if mesh is None else self._decode).lower,  # type: ignore[attr-defined]
-      **(static if mesh is None else {}),
-    )
+    self._static = static if mesh is None else {}
+
+  def place(self, params: Params) -> Params:
+    """Parameters where the program reads them: on every device of the mesh."""
+    if self._mesh is None:
+      return params
+    return jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
 
   def compile(self, params: Params, batch_size: int) -> float:
     """Compiles for a batch size ahead of the first call; returns the seconds it took."""
-    c = self.plan.config
-    tokens: Any = jax.ShapeDtypeStruct((batch_size, c.seq_len, c.token_dim), jnp.float32)
-    order: Any = jax.ShapeDtypeStruct((batch_size, c.seq_len), jnp.int32)
-    keys = jax.eval_shape(lambda: sampler.image_keys(jax.random.key(0), jnp.arange(batch_size)))
-    inputs = sampler.Inputs(jax.ShapeDtypeStruct((batch_size,), jnp.int32), keys)
+
+    def start_of_batch() -> tuple[sampler.DecodeState, sampler.Inputs]:
+      keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch_size))
+      state, _ = initial_state(self.plan.config, keys)
+      return state, sampler.Inputs(jnp.zeros(batch_size, jnp.int32), keys)
+
     start = time.perf_counter()
+    state, inputs = jax.eval_shape(start_of_batch)
     _, rows = next(sampler.chunks(self._rows, self.chunk))
-    self._decode = self._lower(
-      params, sampler.DecodeState(tokens, order), rows, self._tables, inputs
+    self._decode = self._decode.lower(
+      params, state, rows, self._tables, inputs, **self._static
     ).compile()
+    self._static = {}
     return time.perf_counter() - start
 
   def __call__(
@@ -83,7 +89,7 @@ class Decoder:
     params: Params,
     state: sampler.DecodeState,
     inputs: sampler.Inputs,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], Any] | None = None,
   ) -> jax.Array:
     """Runs the plan; `progress` is told how many iterations were just done.
 
@@ -98,14 +104,15 @@ class Decoder:
       if noise is not None:
         part = jax.tree.map(self._chunk_of(done, end), noise)
         inputs = dataclasses.replace(inputs, noise=part)
-      state, finite, _ = self._decode(params, state, rows, self._tables, inputs)
+      state, finite, _ = self._decode(params, state, rows, self._tables, inputs, **self._static)
       bad = ~np.asarray(finite)[: end - done]
       if bad.any():
         k = int(bad.any(axis=1).argmax())
+        images = ", ".join(map(str, np.flatnonzero(bad[k])))
         raise NonFiniteLatentsError(
-          f"non-finite latents at iteration {done + k} of {len(self.plan.rows)}, in "
-          f"{int(bad[k].sum())} of {bad.shape[1]} images. At timestep 999 the cosine schedule "
-          "multiplies errors of the head by 2e4, which an undertrained head does not survive: try "
+          f"non-finite latents at iteration {done + k} of {len(self.plan.rows)}, in images "
+          f"{images} of the batch (from 0). At timestep 999 the cosine schedule multiplies errors "
+          "of the head by 2e4, which an undertrained head does not survive: try "
           "sample.max_timestep=950, float32, or a lower sample.cfg."
         )
       if progress is not None:
@@ -161,7 +168,13 @@ def generate(
   sample_config = sample_config or model.sample_config or SampleConfig()
   labels = check_labels(labels, config)
   batch = len(labels)
+  if (
+    not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.ndim
+  ):
+    raise ValueError("key: expected one typed key, jax.random.key(seed)")
   ids = np.arange(batch) if image_ids is None else _array("image_ids", image_ids, (batch,), "iu")
+  if ((ids < 0) | (ids >= 2**32)).any():
+    raise ValueError(f"image_ids: found {ids.min()} to {ids.max()}, expected 0 to 2**32 - 1")
   keys = sampler.image_keys(key, jnp.asarray(ids, jnp.uint32))
   state, num_known = initial_state(config, keys, order, known)
   plan = make_plan(config, sample_config, num_known)
@@ -220,36 +233,59 @@ def check_labels(labels: Any, config: ModelConfig) -> np.ndarray:
   return labels.astype(np.int32)
 
 
-def to_images(model: Model, latents: jax.Array) -> np.ndarray:
-  """Scaled latents [B, channels, h, w] -> images uint8 [B, H, W, channels].
-
-  Raises:
-    ValueError: where the model needs an autoencoder and the checkpoint holds none.
-  """
-  latents = latents / model.config.latent_scale
-  if model.config.vae_stride == 1:
-    return to_uint8(np.asarray(latents.transpose(0, 2, 3, 1)))
-  if model.vae_config is None:
+def require_decodable(model: Model) -> None:
+  """Raises ValueError where the model needs an autoencoder and the checkpoint holds none."""
+  if model.config.vae_stride > 1 and model.vae_config is None:
     raise ValueError(
       "the checkpoint holds no autoencoder: add it with tools/convert_weights.py --kind=vae "
       "--src=FILE --dst=DIR, DIR being the checkpoint's directory"
     )
-  decoded = [
-    to_uint8(np.asarray(_decode_images(model.vae_config, model.vae_params, part)))
-    for part in _padded_parts(np.asarray(latents), VAE_BATCH)
-  ]
+
+
+def to_images(model: Model, latents: jax.Array, mesh: Mesh | None = None) -> np.ndarray:
+  """Scaled latents [B, channels, h, w] -> images uint8 [B, H, W, channels].
+
+  The autoencoder decodes `VAE_BATCH` images at a time, on every device of a mesh (whose size then
+  divides B).
+
+  Raises:
+    ValueError: where the model needs an autoencoder and the checkpoint holds none.
+  """
+  require_decodable(model)
+  values = np.asarray(latents) / np.float32(model.config.latent_scale)
+  if model.vae_config is None or model.config.vae_stride == 1:
+    return to_uint8(values.transpose(0, 2, 3, 1))
+  size = _vae_batch(len(values), mesh)
+  program = _image_program(model.vae_config, (size, *values.shape[1:]), mesh)
+  values = np.pad(values, ((0, -len(values) % size),) + ((0, 0),) * 3, mode="edge")
+  parts = (values[i : i + size] for i in range(0, len(values), size))
+  decoded = [to_uint8(np.asarray(program(model.vae_params, part))) for part in parts]
   return np.concatenate(decoded)[: len(latents)]
 
 
-_decode_images = jax.jit(vae.decode, static_argnums=0)
+def compile_to_images(model: Model, batch_size: int, mesh: Mesh | None = None) -> float:
+  """Compiles what `to_images` runs for a batch size; returns the seconds it took."""
+  start = time.perf_counter()
+  if model.vae_config is not None and model.config.vae_stride > 1:
+    shape = (_vae_batch(batch_size, mesh), *model.config.latent_shape)
+    _image_program(model.vae_config, shape, mesh)
+  return time.perf_counter() - start
 
 
-def _padded_parts(x: np.ndarray, size: int) -> list[np.ndarray]:
-  """Parts of exactly `size` rows, so that one program serves them all; short batches stay short."""
-  size = min(size, len(x))
-  pad = -len(x) % size
-  x = np.concatenate([x, np.repeat(x[-1:], pad, axis=0)])
-  return [x[i : i + size] for i in range(0, len(x), size)]
+def _vae_batch(batch_size: int, mesh: Mesh | None) -> int:
+  return min(batch_size, VAE_BATCH * (1 if mesh is None else mesh.size))
+
+
+@functools.lru_cache(maxsize=8)
+def _image_program(config: VAEConfig, shape: tuple[int, ...], mesh: Mesh | None) -> Any:
+  """The compiled `vae.decode` (params, latents of this shape) -> images."""
+  shardings: dict[str, Any] = {}
+  if mesh is not None:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings["in_shardings"] = (replicated, NamedSharding(mesh, PartitionSpec("data")))
+  decode = jax.jit(functools.partial(vae.decode, config), **shardings)
+  latents = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return decode.lower(vae.abstract_params(config), latents).compile()
 
 
 def _array(name: str, value: Any, shape: tuple[int, ...], kinds: str) -> np.ndarray:
@@ -259,4 +295,6 @@ def _array(name: str, value: Any, shape: tuple[int, ...], kinds: str) -> np.ndar
     raise ValueError(
       f"{name}: found {array.dtype} {list(array.shape)}, expected {wanted} of shape {list(shape)}"
     )
+  if array.dtype.kind == "f" and not np.isfinite(array).all():
+    raise ValueError(f"{name}: found NaN or infinity, expected finite numbers")
   return array

@@ -96,9 +96,7 @@ def training_loss(
 
   c = diffusion.make_process().coefficients().at(draws.timesteps)
   xt = diffusion.add_noise(c, x0, draws.noise)
-  out = model.apply(
-    {"params": params}, xt, draws.timesteps, rows_z, method=lambda m, *args: m.head(*args)
-  )
+  out = model.apply({"params": params}, xt, draws.timesteps, rows_z, method="denoise")
   mse, vb = diffusion.training_terms(c, x0, xt, draws.noise, out)
   total = jnp.sum(weight)
   terms = {"mse": jnp.sum(mse * weight) / total, "vb": jnp.sum(vb * weight) / total}

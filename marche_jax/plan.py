@@ -1,7 +1,7 @@
 """The DecodePlan: everything about a decoding run that is decided on the host.
 
 A plan is a list of rows, one per iteration, and a few distinct **step shapes**, the static part of
-a row. It is numpy in float64 and knows nothing of jax. A policy (`marche_jax.policies`) fills it
+a row. It is numpy in float64; nothing here is traced. A policy (`marche_jax.policies`) fills it
 from the sampling configuration; the sampler folds its rows over a `DecodeState` and branches on
 step shapes, never on a policy's name.
 """
@@ -142,12 +142,13 @@ def group_slots(
   """
   n = len(known)
   work = np.full((n + 1, n + 1), np.inf)  # work[i, j]: rows i to j - 1 as one group
+  encoder_flops = [cost.encoder_flops(config, slots) for slots in range(config.seq_len + 1)]
   for i in range(n):
+    slots, predict, head = 0, 0, 0.0
     for j in range(i + 1, n + 1):
-      slots, predict = int(known[i:j].max()), int(predicted[i:j].max())
-      work[i, j] = (j - i) * cost.encoder_flops(config, slots) + sum(
-        cost.head_flops(config, predict, int(s)) for s in steps[i:j]
-      )
+      slots, predict = max(slots, int(known[j - 1])), max(predict, int(predicted[j - 1]))
+      head += cost.head_flops(config, 1, int(steps[j - 1]))  # of one predicted token
+      work[i, j] = (j - i) * encoder_flops[slots] + predict * head
   best, ends = work[0].copy(), [np.zeros(n + 1, int)]
   groups: list[tuple[int, int]] = []
   for count in range(1, min(MAX_STEP_SHAPES, n) + 1):

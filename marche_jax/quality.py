@@ -185,7 +185,7 @@ def load_classifier(
   try:
     with np.load(path, allow_pickle=False) as file:
       arrays = {name: file[name] for name in file.files}
-  except (zipfile.BadZipFile, EOFError, ValueError, AttributeError) as error:
+  except (zipfile.BadZipFile, EOFError, ValueError, TypeError) as error:
     raise ValueError(f"{path}: not a classifier file: {error}") from error
   expected = {_WEIGHT + name: shape for name, shape in _weight_shapes().items()}
   expected |= {"mean": (NUM_FEATURES,), "cov": (NUM_FEATURES, NUM_FEATURES)}

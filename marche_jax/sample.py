@@ -7,6 +7,7 @@ settings goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -89,16 +91,15 @@ def run(
     ValueError: for a value out of range, or a directory that cannot be written.
   """
   labels = generation.check_labels(labels, model.config)
+  generation.require_decodable(model)
   devices = jax.devices()
-  if batch_size < 1 or batch_size % len(devices):
-    raise ValueError(
-      f"batch_size={batch_size}: expected a positive multiple of the {len(devices)} devices"
-    )
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size}: expected at least 1")
   if not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed}: expected an integer in [0, 2**32)")
   out = check_writable(out)
   num = len(labels)
-  batch_size = min(batch_size, -(-num // len(devices)) * len(devices))
+  batch_size = -(-min(batch_size, num) // len(devices)) * len(devices)  # as many on every device
   plan = make_plan(model.config, sample_config)
   settings = {
     "model": dataclasses.asdict(model.config),
@@ -111,17 +112,21 @@ def run(
     "save_latents": save_latents,
   }
   fingerprint = hashlib.sha256(json.dumps(settings).encode() + labels.tobytes())
-  for leaf in jax.tree.leaves(model.params):
-    fingerprint.update(np.asarray(leaf.ravel()[:64]).tobytes())
+  for leaf in jax.tree.leaves((model.params, model.vae_params)):
+    fingerprint.update(memoryview(np.ascontiguousarray(leaf)).cast("B"))
   partial = out / "partial" / fingerprint.hexdigest()[:16]
   partial.mkdir(parents=True, exist_ok=True)
 
   mesh = None
   if len(devices) > 1:
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  model = dataclasses.replace(model, params=inference_params(model.params, dtype))
   decoder = generation.Decoder(
     plan, dtype=dtype, head_dtype=dtype, mesh=mesh, chunk=-(-len(plan.rows) // 8)
+  )
+  model = dataclasses.replace(
+    model,
+    params=decoder.place(inference_params(model.params, dtype)),
+    vae_params=decoder.place(model.vae_params),
   )
   starts = range(0, num, batch_size)
   parts = [partial / f"{start:08d}.npz" for start in starts]
@@ -130,11 +135,12 @@ def run(
   if todo:
     print(f"compiling ({len(plan.shapes)} step shapes) ...", file=sys.stderr, flush=True)
     compile_seconds = decoder.compile(model.params, batch_size)
+    compile_seconds += generation.compile_to_images(model, batch_size, mesh)
     bar = tqdm(total=num * len(plan.rows), desc="sampling", unit="iteration", unit_scale=True)
     bar.update((num - sum(min(batch_size, num - s) for s in todo)) * len(plan.rows))
     start_clock = time.perf_counter()
     for start in todo:
-      _draw(model, decoder, labels, start, batch_size, seed, save_latents, partial, bar)
+      _draw(model, decoder, mesh, labels, start, batch_size, seed, save_latents, partial, bar)
     run_seconds = time.perf_counter() - start_clock
     bar.close()
 
@@ -158,13 +164,16 @@ def run(
   _collect(parts, out, labels, save_latents)
   with atomic_write(out / "report.json") as aside:
     aside.write_text(json.dumps(report, indent=2) + "\n")
-  shutil.rmtree(partial.parent)
+  shutil.rmtree(partial)
+  with contextlib.suppress(OSError):  # batches of other, unfinished settings stay
+    partial.parent.rmdir()
   return report
 
 
 def _draw(
   model: Model,
   decoder: generation.Decoder,
+  mesh: Mesh | None,
   labels: np.ndarray,
   start: int,
   batch_size: int,
@@ -177,18 +186,18 @@ def _draw(
   real = labels[start : start + batch_size]
   batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
   ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
-  keys = sampler.image_keys(jax.random.key(seed), ids)
+  keys = sampler.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
   state, _ = generation.initial_state(model.config, keys)
   tokens = decoder(
     model.params,
     state,
     sampler.Inputs(batch, keys),
-    progress=lambda iterations: bar.update(iterations * len(real)) and None,
+    progress=lambda iterations: bar.update(iterations * len(real)),
   )
-  latents = unpatchify(tokens, model.config)[: len(real)]
-  arrays = {"images": generation.to_images(model, latents)}
+  latents = unpatchify(tokens, model.config)
+  arrays = {"images": generation.to_images(model, latents, mesh)[: len(real)]}
   if save_latents:
-    arrays["latents"] = np.asarray(latents)
+    arrays["latents"] = np.asarray(latents)[: len(real)]
   with atomic_write(partial / f"{start:08d}.npz") as aside, aside.open("wb") as file:
     np.savez(file, **arrays)  # type: ignore[arg-type]
 

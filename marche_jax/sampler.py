@@ -44,7 +44,7 @@ class DecodeState:
 
 @flax.struct.dataclass
 class Rows:
-  """Row data of a plan on the device, each [R]; and its tables."""
+  """Row data of a plan on the device, each [R]."""
 
   shape: Any  # int32; -1 runs nothing (padding)
   num_known: Any  # int32
@@ -242,10 +242,9 @@ def _step(
     initial_noise = draw(NUM_TRAIN_TIMESTEPS)
     step_noise = lambda i, timestep: draw(timestep)  # noqa: E731
   else:
-    recorded = noise
     pick = lambda x: jnp.take_along_axis(x, predict[..., None], axis=1).reshape(flat)  # noqa: E731
-    initial_noise = pick(recorded.initial)
-    step_noise = lambda i, timestep: pick(recorded.steps[i])  # noqa: E731
+    initial_noise = pick(noise.initial)
+    step_noise = lambda i, timestep: pick(noise.steps[i])  # noqa: E731
 
   sampled = head_sampler.sample(
     weights,
@@ -311,7 +310,7 @@ def decode(
     trace: also return what every iteration did.
 
   Returns:
-    The state afterwards; bool [R, B], whether all that the row sampled is finite; and the trace.
+    The state afterwards; bool [R, B], whether all tokens are finite after the row; and the trace.
   """
   weights = head_sampler.prepare(params["head"], config, tables.coefficients.timestep, head_dtype)
 

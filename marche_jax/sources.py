@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import abc
 import concurrent.futures
+import contextlib
 import gzip
 import os
 import pathlib
 import secrets
 import shutil
 import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -78,7 +80,7 @@ class FolderSource(Source):
 
   Opening decodes every image once, in threads (JPEG at an eighth of the size), so that a broken one
   is found before training and the order of the data does not depend on when it would have been met.
-  Hidden folders and files of other suffixes are ignored.
+  Hidden folders and files, at any depth, and files of other suffixes are ignored.
   """
 
   def __init__(self, directory: pathlib.Path, on_error: str, model: ModelConfig) -> None:
@@ -94,7 +96,12 @@ class FolderSource(Source):
              f"at most model.class_num = {model.class_num} classes")  # fmt: skip
     files: list[tuple[pathlib.Path, int]] = []
     for label, folder in enumerate(folders):
-      found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+      found = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part[0] == "." for part in p.relative_to(folder).parts)
+      )
       _require(len(found) > 0, folder, "no image", f"images ({', '.join(sorted(IMAGE_SUFFIXES))})")
       files += [(p, label) for p in found]
     logging.info("%s: checking %d images of %d classes", directory, len(files), len(folders))
@@ -182,6 +189,10 @@ def open_source(config: DataConfig, model: ModelConfig) -> Source:
     ValueError: for data that is damaged or does not fit the model; names the file, what was found
       and what was expected.
   """
+  if model.vae_stride > 1 and config.source != "latents":
+    raise ValueError(f"data.source={config.source!r}: expected latents for a model with an "
+                     f"autoencoder (model.vae_stride={model.vae_stride}); make them with "
+                     "tools/encode_latents.py")  # fmt: skip
   path = pathlib.Path(config.path)
   if config.source == "idx":
     if not config.path:
@@ -216,7 +227,6 @@ def write_latents(
     ValueError: for other shapes, dtypes or non-finite moments.
     OSError: where the directory cannot be written, or has something in it already.
   """
-  target = pathlib.Path(directory)
   labels = np.asarray(labels)
   arrays = {"moments": np.asarray(moments)}
   if moments_flip is not None:
@@ -232,13 +242,25 @@ def write_latents(
     for start in range(0, len(array), 1024):
       if not np.isfinite(array[start : start + 1024]).all():
         raise ValueError(f"{name}: expected finite values, found NaN or infinity from {start} on")
+  with new_directory(directory) as aside:
+    for name, array in {**arrays, "labels": labels.astype(np.int64)}.items():
+      np.save(aside / f"{name}.npy", array, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def new_directory(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives a directory to fill, which becomes `directory` only where the block succeeds.
+
+  Raises:
+    OSError: at once where `directory` cannot be written, or has something in it already.
+  """
+  target = pathlib.Path(directory)
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise FileExistsError(f"{target}: expected a new or an empty directory")
   aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
   aside.mkdir(parents=True)
   try:
-    for name, array in {**arrays, "labels": labels.astype(np.int64)}.items():
-      np.save(aside / f"{name}.npy", array, allow_pickle=False)
+    yield aside
     aside.rename(target)  # takes the place of an empty directory, and of nothing else
   finally:
     shutil.rmtree(aside, ignore_errors=True)

@@ -15,9 +15,11 @@ import numpy as np
 from absl import flags
 
 from marche_jax import checkpoint, generation, trainer
+from marche_jax import config as config_lib
 from marche_jax import flags as flags_lib
-from marche_jax.config import Config
+from marche_jax.config import Config, ModelConfig, VAEConfig
 from marche_jax.images import check_writable, grid, write_png
+from marche_jax.policies import make_plan
 
 
 def define_flags() -> None:
@@ -34,38 +36,61 @@ def define_flags() -> None:
   flags_lib.define_compilation_cache()
 
 
-def draw_grid(config: Config, params: Any, path: pathlib.Path) -> None:
+def load_autoencoder(directory: str, config: ModelConfig) -> tuple[VAEConfig, Any]:
+  """The autoencoder of a checkpoint, which must fit the model.
+
+  Raises:
+    ValueError: names the directory and what does not fit.
+  """
+  vae_config, params = checkpoint.load_part(directory, "vae")
+  try:
+    config_lib.check_vae(config, vae_config)
+  except ValueError as error:
+    raise ValueError(f"--vae={directory}: {error}") from error
+  return vae_config, params
+
+
+def draw_grid(model: checkpoint.Model, path: pathlib.Path) -> None:
   """Writes a grid of samples: eight columns, a class per row at most."""
-  vae_config, vae_params = None, None
-  if config.vae is not None and flags.FLAGS.vae is not None:
-    vae_config, vae_params = checkpoint.load_part(flags.FLAGS.vae, "vae")
-  model = checkpoint.Model(config.model, params, vae_config, vae_params)
-  rows = min(config.model.class_num, 10)
+  rows = min(model.config.class_num, 10)
   labels = np.repeat(np.arange(rows), 8)
-  latents = generation.generate(model, labels, jax.random.key(0), config.sample)
+  latents = generation.generate(model, labels, jax.random.key(0))
   write_png(path, grid(generation.to_images(model, latents), columns=8), scale=2)
+
+
+def export(config: Config, workdir: pathlib.Path, directory: str, dtype: str) -> None:
+  """Writes the EMA weights of the last checkpoint in `workdir` as a model."""
+  checkpoint.check_destination(directory, "mar", config.model)
+  params, step = trainer.load_ema(workdir, config.model)
+  checkpoint.save_model(
+    directory, "mar", config.model, params, sample_config=config.sample, dtype=dtype
+  )
+  print(f"{directory}: EMA weights of update {step}")
 
 
 def main() -> None:
   flags_lib.enable_compilation_cache()
   config = flags_lib.parsed_config()
-  workdir = check_writable(flags.FLAGS.workdir or pathlib.Path("runs") / config.name)
+  make_plan(config.model, config.sample)  # refuses now what sampling would refuse later
+  workdir = pathlib.Path(flags.FLAGS.workdir or pathlib.Path("runs") / config.name)
   if flags.FLAGS.export is not None:
-    params, step = trainer.load_ema(workdir, config)
-    checkpoint.save_model(
-      flags.FLAGS.export, "mar", config.model, params,
-      sample_config=config.sample, dtype=flags.FLAGS.export_dtype,
-    )  # fmt: skip
-    print(f"{flags.FLAGS.export}: EMA weights of update {step}")
+    export(config, workdir, flags.FLAGS.export, flags.FLAGS.export_dtype)
     return
+  vae_config, vae_params = None, None
+  if flags.FLAGS.vae is not None:
+    vae_config, vae_params = load_autoencoder(flags.FLAGS.vae, config.model)
+  check_writable(workdir)
 
   def on_sample(params: Any, step: int) -> None:
+    model = checkpoint.Model(config.model, params, vae_config, vae_params, config.sample)
     try:
-      draw_grid(config, params, workdir / f"samples-{step:08d}.png")
+      draw_grid(model, workdir / f"samples-{step:08d}.png")
     except generation.NonFiniteLatentsError as error:
       print(f"no samples at update {step}: {error}")
 
-  draws = config.vae is None or flags.FLAGS.vae is not None
+  draws = config.model.vae_stride == 1 or vae_config is not None
+  if not draws and config.train.sample_every:
+    print("no sample grids: latents need --vae=DIR to become images")
   trainer.train(config, workdir, on_sample if draws else None)
 
 

@@ -9,6 +9,7 @@ Reference: `main_mar.py`, `engine_mar.py` and `util/misc.py` of MAR.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import math
@@ -32,7 +33,7 @@ from marche_jax import data as data_lib
 from marche_jax import losses, sources
 from marche_jax.config import Config, ModelConfig, TrainConfig
 from marche_jax.images import atomic_write
-from marche_jax.models import mar
+from marche_jax.models import mar, vae
 
 STACKED = ("encoder_blocks", "decoder_blocks")
 METRICS = ("step", "epoch", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second")
@@ -115,9 +116,7 @@ def update(
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   draw_key, dropout_key, posterior_key = jax.random.split(key, 3)
   if "moments" in batch:  # sample the autoencoder's posterior
-    mean, logvar = jnp.split(batch["moments"], 2, axis=1)
-    std = jnp.exp(0.5 * jnp.clip(logvar, -30.0, 20.0))
-    latents = mean + std * jax.random.normal(posterior_key, mean.shape)
+    latents = vae.Posterior(batch["moments"]).sample(posterior_key)
   else:
     latents = batch["images"]
   tokens = mar.patchify(latents * config.model.latent_scale, config.model)
@@ -194,7 +193,7 @@ def train(
     The final state.
 
   Raises:
-    NonFiniteLossError: names the update and the last good checkpoint.
+    NonFiniteLossError: names the update and the last good checkpoint, where there is one.
     ValueError: where the data does not fit the configuration.
   """
   workdir = pathlib.Path(workdir).absolute()
@@ -220,7 +219,9 @@ def train(
   options = ocp.CheckpointManagerOptions(
     max_to_keep=t.keep_checkpoints, enable_async_checkpointing=False
   )
-  with ocp.CheckpointManager(workdir / "checkpoints", options=options) as manager:
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(contextlib.closing(batches))
+    manager = stack.enter_context(ocp.CheckpointManager(workdir / "checkpoints", options=options))
     latest = manager.latest_step()
     if latest is None:
       state = jax.device_put(jax.jit(make_state)(), replicated)
@@ -244,7 +245,7 @@ def train(
       out_shardings=(replicated, replicated),
     )
     start = latest or 0
-    writer = MetricsWriter(workdir, start)
+    writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, start)))
     pending: list[tuple[int, dict[str, jax.Array]]] = []
 
     def check() -> dict[str, float]:
@@ -252,9 +253,14 @@ def train(
       number, metrics = pending.pop(0)
       values = {k: float(v) for k, v in jax.device_get(metrics).items()}
       if not all(math.isfinite(v) for v in values.values()):
+        good = manager.latest_step()
+        kept = (
+          "there is no checkpoint yet"
+          if good is None
+          else f"the last good checkpoint is {workdir / 'checkpoints' / str(good)}"
+        )
         raise NonFiniteLossError(
-          f"non-finite loss at update {number}: {values}; the last good checkpoint is "
-          f"{workdir / 'checkpoints' / str(manager.latest_step())}. Lower train.blr, or set "
+          f"non-finite loss at update {number}: {values}; {kept}. Lower train.blr, or set "
           "train.dtype=float32."
         )
       return values
@@ -288,21 +294,35 @@ def train(
         )
       if on_sample is not None and t.sample_every and (done % t.sample_every == 0 or done == total):
         on_sample(state.ema, done)
-    writer.close()
     return state
 
 
-def load_ema(workdir: str | os.PathLike[str], config: Config) -> tuple[Any, int]:
-  """The EMA parameters (numpy, float32) of the last checkpoint in `workdir`, and its update."""
+def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Any, int]:
+  """The EMA parameters (numpy, float32) of the last checkpoint in `workdir`, and its update.
+
+  Nothing else of the checkpoint is read, and nothing is written.
+
+  Raises:
+    ValueError: where `workdir` or a checkpoint in it does not exist, or is of another model.
+  """
   directory = pathlib.Path(workdir).absolute() / "checkpoints"
-  with ocp.CheckpointManager(directory) as manager:
+  if not directory.is_dir():
+    raise ValueError(f"{workdir}: expected the directory of a training run, with checkpoints/")
+  single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  target = {
+    "ema": jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), mar.abstract_params(config)
+    )
+  }
+  restore = ocp.args.PyTreeRestore(
+    item=target,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+    partial_restore=True,
+  )
+  options = ocp.CheckpointManagerOptions(create=False)
+  with ocp.CheckpointManager(directory, options=options) as manager:
     latest = manager.latest_step()
     if latest is None:
       raise ValueError(f"{directory}: found no checkpoint, expected one of a training run")
-    optimizer = make_optimizer(config.train, learning_rate(config.train, 1))
-    target = jax.eval_shape(lambda: init_state(config.model, optimizer, 0))
-    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=single), target)
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    state = manager.restore(latest, args=args)["state"]
-  return jax.tree.map(np.asarray, state.ema), latest
+    state = manager.restore(latest, args=ocp.args.Composite(state=restore))["state"]
+  return jax.tree.map(np.asarray, state["ema"]), latest

@@ -37,6 +37,9 @@ def test_what_is_no_sample_file(tmp_path: pathlib.Path) -> None:
   np.savez(tmp_path / "other.npz", images=np.zeros(3))
   with pytest.raises(ValueError, match=r"text\.npz: expected a samples\.npz"):
     evaluate.read_samples(tmp_path / "text.npz")
+  np.save(tmp_path / "array.npy", np.zeros(3))
+  with pytest.raises(ValueError, match=r"array\.npy: expected a samples\.npz"):
+    evaluate.read_samples(tmp_path / "array.npy")
   with pytest.raises(ValueError, match="no array arr_0"):
     evaluate.read_samples(tmp_path / "other.npz")
   done = command(f"--samples={tmp_path / 'absent.npz'}")

@@ -59,7 +59,7 @@ def computed(params):
 
   @jax.jit
   def head(params, *args):
-    return MAR(CONFIG).apply({"params": params}, *args, method=lambda m, *args: m.head(*args))
+    return MAR(CONFIG).apply({"params": params}, *args, method="denoise")
 
   inputs = f["tokens"], f["mask"], f["labels"]
   encoded, decoded = transformer(params, *inputs, dropped=False)

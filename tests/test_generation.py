@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import tiny
 
-from marche_jax import generation
+from marche_jax import generation, images
 from marche_jax.checkpoint import Model
-from marche_jax.models import mar
+from marche_jax.config import VAEConfig
+from marche_jax.models import mar, vae
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +64,46 @@ def test_known_tokens_are_kept(model: Model) -> None:
     ({"order": np.zeros((1, 16), np.int32)}, "order: expected a permutation"),
     ({"order": np.zeros((1, 5), np.int32)}, "order: found"),
     ({"image_ids": [1, 2]}, "image_ids"),
+    ({"image_ids": [-1]}, "image_ids: found -1 to -1"),
+    ({"image_ids": [2**32]}, "image_ids: found 4294967296"),
+    ({"key": jax.random.PRNGKey(0)}, "key: expected one typed key"),
+    ({"key": jax.random.split(jax.random.key(0))}, "key: expected one typed key"),
+    ({"known": (np.full((1, 16, 4), np.nan), np.ones((1, 16)))}, r"known\[0\]: found NaN"),
     ({"known": (np.zeros((1, 16, 4)), np.zeros((1, 16)))}, "known"),
     ({"noise": (np.zeros(3), np.zeros(3))}, "noise"),
   ],
 )
 def test_bad_arguments_are_named(model: Model, arguments: dict, message: str) -> None:
-  call = {"labels": [0], **arguments}
+  call = {"labels": [0], "key": jax.random.key(0), **arguments}
   with pytest.raises(ValueError, match=message):
-    generation.generate(model, call.pop("labels"), jax.random.key(0), **call)
+    generation.generate(model, **call)
 
 
 def test_non_finite_latents_name_the_iteration(model: Model) -> None:
   head = dict(model.params["head"])
   head["final_linear"] = jax.tree.map(lambda x: x * jnp.nan, head["final_linear"])
   broken = dataclasses.replace(model, params={**model.params, "head": head})
-  with pytest.raises(generation.NonFiniteLatentsError, match=r"iteration 0 of 4.*max_timestep"):
+  with pytest.raises(
+    generation.NonFiniteLatentsError, match=r"iteration 0 of 4, in images 0 of.*max_timestep"
+  ):
     generation.generate(broken, [0], jax.random.key(0))
+
+
+WITH_VAE = dataclasses.replace(
+  tiny.MODEL, vae_stride=2, img_size=16, vae_embed_dim=2, latent_scale=0.5
+)
+VAE = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, embed_dim=2, resolution=16)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 9])  # a part of, less and more than the autoencoder's
+def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(generation, "VAE_BATCH", 4)
+  params = vae.init_params(VAE, jax.random.key(0))
+  latents = jax.random.normal(jax.random.key(1), (batch, 2, 8, 8))
+  found = generation.to_images(Model(WITH_VAE, {}, VAE, params), latents)
+  expected = images.to_uint8(np.asarray(vae.decode(VAE, params, latents / 0.5)))
+  assert found.shape == (batch, 16, 16, 3)
+  assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # of rounding
 
 
 def test_latents_need_an_autoencoder() -> None:

@@ -44,7 +44,7 @@ def forwards(config: ModelConfig, params, f, visible: int) -> dict[str, jax.Arra
   """Every array of `forward.npz` that depends on the weights, computed by our modules."""
   model = MAR(config)
   apply = functools.partial(model.apply, {"params": params})
-  head = functools.partial(apply, method=lambda m, *args: m.head(*args))
+  head = functools.partial(apply, method="denoise")
   tokens = patchify(f["imgs"], config)
   embedding = apply(f["labels"], method="class_embedding")
   encoded, _, _ = apply(tokens, f["mask"], embedding, visible, method="encode")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
 
+import golden
 import jax
 import numpy as np
 import pytest
@@ -15,13 +18,11 @@ from PIL import Image
 
 from marche_jax import checkpoint, sample
 from marche_jax.checkpoint import Model
-from marche_jax.models import mar
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-  params = mar.init_params(tiny.MODEL, jax.random.key(0))
-  return Model(tiny.MODEL, params, sample_config=tiny.SAMPLE)
+  return Model(tiny.MODEL, golden.random_params(tiny.MODEL), sample_config=tiny.SAMPLE)
 
 
 def draw(model: Model, out: pathlib.Path, num: int = 6, batch_size: int = 4, **options) -> dict:
@@ -81,6 +82,69 @@ def test_an_interrupted_run_goes_on(
     np.load(tmp_path / "cut" / "samples.npz") as b,
   ):
     np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
+
+
+def test_batches_of_another_run_are_kept(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  real, calls = sample._draw, []
+
+  def interrupted(*args) -> None:
+    calls.append(args)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    real(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sample, "_draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      draw(model, tmp_path, batch_size=2)
+  draw(model, tmp_path, num=2, batch_size=2)  # other settings, the same directory
+  assert draw(model, tmp_path, batch_size=2)["images_drawn"] == 4
+  assert not (tmp_path / "partial").exists()
+
+
+def test_other_weights_do_not_go_on_with_the_old_batches(
+  model: Model, tmp_path: pathlib.Path
+) -> None:
+  draw(model, tmp_path / "a", num=2)
+  last = jax.tree.map(np.array, model.params["mask_token"])
+  last[..., -1] += 1.0
+  other = dataclasses.replace(model, params={**model.params, "mask_token": last})
+  (tmp_path / "b").mkdir()
+  names = []
+  for one in (model, other):
+    with pytest.raises(RuntimeError, match="stopped"):
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "_draw", _stop)
+        draw(one, tmp_path / "b", num=2)
+    names.append(sorted(p.name for p in (tmp_path / "b" / "partial").iterdir()))
+  assert len(names[1]) == 2 and names[0] != names[1]
+
+
+def _stop(*args) -> None:
+  raise RuntimeError("stopped")
+
+
+def test_two_devices_draw_the_same(model: Model, tmp_path: pathlib.Path) -> None:
+  """Also with a number of images that the devices do not divide, and several calls per batch."""
+  stored = tmp_path / "model"
+  checkpoint.save_model(stored, "mar", tiny.MODEL, model.params, sample_config=tiny.SAMPLE)
+  latents = []
+  for devices in (1, 2):
+    done = subprocess.run(
+      [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", "--num_images=5",
+       "--batch_size=3", "--save_latents", f"--out={tmp_path / str(devices)}", "--profile",
+       "--compilation_cache="],
+      env={**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+      capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / str(devices) / "report.json").read_text())
+    assert report["device"].startswith(f"{devices} x") and report["batch_size"] == 2 + devices
+    with np.load(tmp_path / str(devices) / "samples.npz") as file:
+      latents.append(file["latents"])
+  np.testing.assert_allclose(latents[1], latents[0], atol=1e-3 * latents[0].std())
 
 
 @pytest.mark.parametrize(

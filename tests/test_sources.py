@@ -114,9 +114,8 @@ def test_idx_names_missing_files(tmp_path, monkeypatch):
 
 def test_idx_is_grey(tmp_path):
   write_idx(tmp_path, numbered(4), np.uint8([0, 1, 2, 3]))
-  for model in (COLOUR, LATENT):
-    with pytest.raises(ValueError, match="found 1 channel, expected 3"):
-      sources.open_source(DataConfig(path=str(tmp_path)), model)
+  with pytest.raises(ValueError, match="found 1 channel, expected 3"):
+    sources.open_source(DataConfig(path=str(tmp_path)), COLOUR)
 
 
 @pytest.mark.skipif(not sources.FASHION_MNIST.is_dir(), reason="needs dataset-fashion-mnist")
@@ -147,6 +146,21 @@ def test_folder_converts_to_the_channels_of_the_model(pets):
   np.testing.assert_array_equal(source[0]["image"], np.full((SIZE, SIZE, 3), 77, np.uint8))
   with pytest.raises(ValueError, match="vae_embed_dim=4"):
     folder(pets, model=ModelConfig(img_size=SIZE, vae_stride=1, patch_size=2, vae_embed_dim=4))
+
+
+def test_folder_ignores_what_is_hidden_at_any_depth(pets):
+  expected = folder(pets).paths
+  for name in (
+    "cat/.ipynb_checkpoints/z.png",
+    "dog/._b.png",
+    "cat/sub/.thumbs/x/a.jpg",
+    ".d/a.png",
+  ):
+    (pets / name).parent.mkdir(parents=True, exist_ok=True)
+    (pets / name).write_bytes(b"not an image")
+  assert folder(pets).paths == expected
+  hidden = pets.rename(pets.with_name(".pets"))  # above the classes a dot says nothing
+  assert len(folder(hidden)) == len(expected)
 
 
 @pytest.mark.parametrize("name", ["dog/a.jpg", "cat/z.png"])
@@ -281,6 +295,13 @@ def test_latents_name_damaged_files(tmp_path, name, damage):
     path.write_bytes(contents[damage])
   with pytest.raises(ValueError, match=f"x/{name}.npy: found"):
     open_latents(tmp_path / "x")
+
+
+@pytest.mark.parametrize("source", ["idx", "folder"])
+def test_an_autoencoder_needs_latents(tmp_path, source):
+  message = rf"data.source='{source}': expected latents .*vae_stride=4.*tools/encode_latents.py"
+  with pytest.raises(ValueError, match=message):  # before any look at the data
+    sources.open_source(DataConfig(source=source, path=str(tmp_path / "absent")), LATENT)
 
 
 def test_latents_need_files_and_an_autoencoder(tmp_path):

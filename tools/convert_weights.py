@@ -21,20 +21,25 @@ from absl import flags as absl_flags
 
 from marche_jax import checkpoint, convert, flags
 
-_KIND = absl_flags.DEFINE_enum("kind", "mar", ["mar", "vae"], "The transformer or the autoencoder.")
-_SRC = absl_flags.DEFINE_string(
-  "src", None, "File of the reference (.pth, .ckpt, .safetensors); with --reverse a checkpoint.",
-  required=True,
-)  # fmt: skip
-_DST = absl_flags.DEFINE_string(
-  "dst", None, "Checkpoint directory; with --reverse a .safetensors file.", required=True
-)
-_WEIGHTS = absl_flags.DEFINE_enum(
-  "weights", "ema", ["ema", "model"], "Which of the two sets in a MAR .pth; others hold one set."
-)
-_REVERSE = absl_flags.DEFINE_bool("reverse", False, "From a checkpoint to .safetensors.")
-_OVERWRITE = absl_flags.DEFINE_bool("overwrite", False, "Replace what --dst holds already.")
-flags.define_config()
+FLAGS = absl_flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the command's flags: when it runs, not when its functions are imported."""
+  absl_flags.DEFINE_enum("kind", "mar", ["mar", "vae"], "The transformer or the autoencoder.")
+  absl_flags.DEFINE_string(
+    "src", None, "File of the reference (.pth, .ckpt, .safetensors); with --reverse a checkpoint.",
+    required=True,
+  )  # fmt: skip
+  absl_flags.DEFINE_string(
+    "dst", None, "Checkpoint directory; with --reverse a .safetensors file.", required=True
+  )
+  absl_flags.DEFINE_enum(
+    "weights", "ema", ["ema", "model"], "Which of the two sets in a MAR .pth; others hold one set."
+  )
+  absl_flags.DEFINE_bool("reverse", False, "From a checkpoint to .safetensors.")
+  absl_flags.DEFINE_bool("overwrite", False, "Replace what --dst holds already.")
+  flags.define_config()
 
 
 def _report(start: float, params: Any) -> None:
@@ -42,7 +47,7 @@ def _report(start: float, params: Any) -> None:
   count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
   print(
     f"{count:,} parameters, {size / 1e9:.3f} GB in float32, {time.monotonic() - start:.1f} s: "
-    f"{_DST.value}"
+    f"{FLAGS.dst}"
   )
 
 
@@ -53,36 +58,37 @@ def _progress(done: int, total: int) -> None:
 
 def _forward(start: float) -> None:
   config = flags.parsed_config()
-  part = config.model if _KIND.value == "mar" else config.vae
+  part = config.model if FLAGS.kind == "mar" else config.vae
   if part is None:
     raise ValueError(f"--kind=vae: the config {config.name!r} has no autoencoder (vae=None)")
-  checkpoint.check_destination(_DST.value, _KIND.value, part, _OVERWRITE.value)
-  tensors = convert.open_weights(_SRC.value, _KIND.value, _WEIGHTS.value)
-  print(f"{_SRC.value}: {len(tensors)} tensors", flush=True)
-  if not _SRC.value.endswith(".safetensors") and not convert.is_mappable(_SRC.value):
+  checkpoint.check_destination(FLAGS.dst, FLAGS.kind, part, FLAGS.overwrite)
+  tensors = convert.open_weights(FLAGS.src, FLAGS.kind, FLAGS.weights)
+  print(f"{FLAGS.src}: {len(tensors)} tensors", flush=True)
+  if not FLAGS.src.endswith(".safetensors") and not convert.is_mappable(FLAGS.src):
     print("  an old torch format that cannot be mapped: the whole file was read into memory")
-  params = convert.convert(tensors, _KIND.value, part, _progress)
+  params = convert.convert(tensors, FLAGS.kind, part, _progress)
   for dtype, count in collections.Counter(t.dtype for t in tensors.values()).items():
     if dtype != "float32":
       print(f"  {count} tensors were {dtype} and are stored as float32")
   checkpoint.save_model(
-    _DST.value, _KIND.value, part, params, overwrite=_OVERWRITE.value,
-    sample_config=config.sample if _KIND.value == "mar" else None,
+    FLAGS.dst, FLAGS.kind, part, params, overwrite=FLAGS.overwrite,
+    sample_config=config.sample if FLAGS.kind == "mar" else None,
   )  # fmt: skip
   _report(start, params)
 
 
 def _reverse(start: float) -> None:
-  config, params = checkpoint.load_part(_SRC.value, _KIND.value)
-  convert.write_safetensors(_DST.value, _KIND.value, config, params, _OVERWRITE.value)
+  config, params = checkpoint.load_part(FLAGS.src, FLAGS.kind)
+  convert.write_safetensors(FLAGS.dst, FLAGS.kind, config, params, FLAGS.overwrite)
   _report(start, params)
 
 
 def main() -> None:
   jax.config.update("jax_platforms", "cpu")  # nothing here needs an accelerator
   start = time.monotonic()
-  (_reverse if _REVERSE.value else _forward)(start)
+  (_reverse if FLAGS.reverse else _forward)(start)
 
 
 if __name__ == "__main__":
+  define_flags()
   flags.run(main)

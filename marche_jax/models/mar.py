@@ -305,7 +305,8 @@ class MAR(nn.Module):
     """Runs the decoder over all positions: what `encode` returned -> z [B, S, Dd]."""
     x = self.decoder_input(self.decoder_embed(encoded), positions, valid)
     x, _ = self.decoder_blocks(x, None, deterministic)
-    everywhere = jnp.broadcast_to(jnp.arange(self.config.seq_len), mask_shape(x, self.config))
+    seq_len = self.config.seq_len
+    everywhere = jnp.broadcast_to(jnp.arange(seq_len), (x.shape[0], seq_len))
     return self.condition(x[:, self.config.buffer_size :], everywhere)
 
   def __call__(
@@ -327,16 +328,15 @@ class MAR(nn.Module):
     encoded, positions, valid = self.encode(tokens, mask, embedding, slots, deterministic)
     return self.decode(encoded, positions, valid, deterministic)
 
+  def denoise(self, x: jax.Array, t: jax.Array, z: jax.Array) -> jax.Array:
+    """The head: see `Head.__call__`."""
+    return self.head(x, t, z)
+
   def everything(self, tokens: jax.Array, labels: jax.Array) -> jax.Array:
     """Touches every parameter, for initialisation only."""
     dropped = jnp.zeros(labels.shape, bool)
     z = self(tokens, jnp.ones(tokens.shape[:2]), labels, dropped)[:, 0]
     return self.head(tokens[:, 0], jnp.zeros(labels.shape, jnp.int32), z)
-
-
-def mask_shape(x: jax.Array, config: ModelConfig) -> tuple[int, int]:
-  """[B, S] of a batch x [B, ...]."""
-  return (x.shape[0], config.seq_len)
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from marche_jax.config import ModelConfig, SampleConfig
@@ -11,6 +12,7 @@ from marche_jax.policies.full import full
 POLICIES: dict[str, Callable[[ModelConfig, SampleConfig, int], DecodePlan]] = {"full": full}
 
 
+@functools.lru_cache(maxsize=32)
 def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
   """The plan of `sample.policy` for images of which `num_known` tokens are given.
 

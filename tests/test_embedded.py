@@ -1,0 +1,35 @@
+"""The model inside the package: whole, small, what its configuration says, and any good."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from marche_jax import checkpoint, embedded, evaluate, quality
+from marche_jax.config import freeze
+
+MAX_BYTES = 12_000_000
+
+
+def test_the_checkpoint_is_the_configurations() -> None:
+  config = freeze(embedded.get_config())
+  model = checkpoint.load_model(embedded.CHECKPOINT, config.model)
+  assert model.sample_config == config.sample
+  files = [p for p in embedded.CHECKPOINT.rglob("*") if p.is_file()]
+  assert 0 < sum(p.stat().st_size for p in files) <= MAX_BYTES
+
+
+@pytest.mark.slow
+def test_the_command_without_flags_draws_images_of_every_class(tmp_path: pathlib.Path) -> None:
+  done = subprocess.run(
+    [sys.executable, "-m", "marche_jax.sample", "--compilation_cache="],
+    cwd=tmp_path, capture_output=True, text=True, timeout=600,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "samples" / "grid.png").stat().st_size > 10_000
+  images, labels = evaluate.read_samples(tmp_path / "samples" / "samples.npz")
+  assert images.shape == (100, 28, 28, 1) and (labels == [i // 10 for i in range(100)]).all()
+  assert quality.evaluate_samples(images, labels)["recognised"] >= 0.85
