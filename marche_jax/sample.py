@@ -113,7 +113,7 @@ def run(
   }
   fingerprint = hashlib.sha256(json.dumps(settings).encode() + labels.tobytes())
   for leaf in jax.tree.leaves((model.params, model.vae_params)):
-    fingerprint.update(memoryview(np.ascontiguousarray(leaf)).cast("B"))
+    fingerprint.update(np.asarray(leaf).tobytes())
   partial = out / "partial" / fingerprint.hexdigest()[:16]
   partial.mkdir(parents=True, exist_ok=True)
 

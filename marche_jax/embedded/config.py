@@ -32,14 +32,15 @@ def get_config():
       sample=config_lib.SampleConfig(num_iter=32, cfg=2.0, num_sampling_steps=50, max_timestep=950),
       data=config_lib.DataConfig(source="idx", flip=False),
       train=config_lib.TrainConfig(
-        batch_size=64,
-        epochs=20,
-        blr=2.4e-3,
+        batch_size=32,
+        epochs=10,
+        blr=6.4e-3,  # learning rate 8e-4
         warmup_epochs=1,
-        ema_rate=0.999,
-        log_every=50,
-        checkpoint_every=500,
-        sample_every=2000,
+        lr_schedule="cosine",
+        ema_rate=0.9995,
+        log_every=100,
+        checkpoint_every=1000,
+        sample_every=0,
       ),
     )
   )
