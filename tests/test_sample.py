@@ -59,10 +59,8 @@ def test_profile_splits_the_time(model: Model, tmp_path: pathlib.Path) -> None:
   assert "split_seconds" not in draw(model, tmp_path / "without")
 
 
-def test_an_interrupted_run_goes_on(
-  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  draw(model, tmp_path / "whole", batch_size=2)
+def draw_one_batch(model: Model, out: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Draws batches of two and is interrupted in the second."""
   real, calls = sample._draw, []
 
   def interrupted(*args) -> None:
@@ -71,9 +69,17 @@ def test_an_interrupted_run_goes_on(
       raise KeyboardInterrupt
     real(*args)
 
-  monkeypatch.setattr(sample, "_draw", interrupted)
-  with pytest.raises(KeyboardInterrupt):
-    draw(model, tmp_path / "cut", batch_size=2)
+  with monkeypatch.context() as patch:
+    patch.setattr(sample, "_draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      draw(model, out, batch_size=2)
+
+
+def test_an_interrupted_run_goes_on(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  draw(model, tmp_path / "whole", batch_size=2)
+  draw_one_batch(model, tmp_path / "cut", monkeypatch)
   assert not (tmp_path / "cut" / "samples.npz").exists()
   report = draw(model, tmp_path / "cut", batch_size=2)
   assert report["images_drawn"] == 4
@@ -87,18 +93,7 @@ def test_an_interrupted_run_goes_on(
 def test_batches_of_another_run_are_kept(
   model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  real, calls = sample._draw, []
-
-  def interrupted(*args) -> None:
-    calls.append(args)
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    real(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(sample, "_draw", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-      draw(model, tmp_path, batch_size=2)
+  draw_one_batch(model, tmp_path, monkeypatch)
   draw(model, tmp_path, num=2, batch_size=2)  # other settings, the same directory
   assert draw(model, tmp_path, batch_size=2)["images_drawn"] == 4
   assert not (tmp_path / "partial").exists()
