@@ -29,7 +29,9 @@ def get_config():
         latent_scale=1.0,
       ),
       vae=None,
-      sample=config_lib.SampleConfig(num_iter=32, cfg=2.0, num_sampling_steps=50, max_timestep=950),
+      sample=config_lib.SampleConfig(
+        num_iter=32, cfg=3.5, temperature=0.9, num_sampling_steps=50, max_timestep=950
+      ),
       data=config_lib.DataConfig(source="idx", flip=False),
       train=config_lib.TrainConfig(
         batch_size=32,
