@@ -10,12 +10,13 @@ import pytest
 
 from marche_jax import checkpoint, embedded, evaluate, quality
 from marche_jax.config import freeze
+from marche_jax.embedded.config import get_config
 
 MAX_BYTES = 12_000_000
 
 
 def test_the_checkpoint_is_the_configurations() -> None:
-  config = freeze(embedded.get_config())
+  config = freeze(get_config())
   model = checkpoint.load_model(embedded.CHECKPOINT, config.model)
   assert model.sample_config == config.sample
   files = [p for p in embedded.CHECKPOINT.rglob("*") if p.is_file()]
