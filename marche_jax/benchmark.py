@@ -103,7 +103,7 @@ def measure(
   rows, tables = sampler.plan_rows(plan)
   keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch_size, dtype=jnp.uint32))
   inputs = sampler.Inputs(jnp.arange(batch_size, dtype=jnp.int32) % config.class_num, keys)
-  state, _ = generation.initial_state(config, keys)
+  state = generation.Decoder(plan, dtype=dtype).start(keys)
 
   clock = time.perf_counter()
   lowered = sampler.jitted_decode.lower(

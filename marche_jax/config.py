@@ -161,10 +161,39 @@ class SampleConfig:
   temperature: float = 1.0  # factor on the noise of the diffusion steps
   num_sampling_steps: int = 100  # diffusion steps per token
   max_timestep: int = NUM_TRAIN_TIMESTEPS - 1  # noisiest timestep used (DiSA: 950)
-  policy: str = "full"
+  solver: str = "ddpm"  # of the diffusion: ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, 10-20 steps)
+  policy: str = "full"  # what accelerates decoding; names joined by +, see marche_jax.policies
+  # The fields below are those of policies.
+  active_size: int = 0  # marche: tokens that the decoder recomputes; 0: a fifth, or what is forced
+  encoder_active_size: int = 0  # marche: the encoder's; 0: half the decoder's, or what is forced
+  refresh_interval: int = 3  # marche: every n-th iteration recomputes everything
+  refresh_iterations: tuple[int, ...] = ()  # marche: these do instead (`sample --calibrate`)
+  select_layer: int = 2  # marche: layer, from 1, whose attention chooses the refresh tokens
+  selection: str = "scout"  # marche: whose attention: scout, carried or lower (see `stack.py`)
+  condition_cache: bool = False  # marche: selective iterations compute the conditional half alone
+  recap_raster: bool = False  # recap: the two sets of a pair are revealed in raster order
+  head_cache: bool = False  # lazymar: most diffusion steps reuse what the head computed before
+  detail_tokens: bool = True  # gtr: the tokens of most detail get more diffusion steps at the end
 
   def __post_init__(self) -> None:
     p = "sample."
+    _require(
+      isinstance(self.refresh_iterations, list | tuple)
+      and all(isinstance(k, int) and k >= 0 for k in self.refresh_iterations),
+      p + "refresh_iterations", self.refresh_iterations, "a list of iterations, counted from 0",
+    )  # fmt: skip
+    object.__setattr__(self, "refresh_iterations", tuple(sorted(set(self.refresh_iterations))))
+    _require_int(self, p, 1, "refresh_interval", "select_layer")
+    _require_int(self, p, 0, "active_size", "encoder_active_size")
+    for field, allowed in (
+      ("solver", ("ddpm", "dpm++")), ("selection", ("scout", "carried", "lower")),
+    ):  # fmt: skip
+      value = getattr(self, field)
+      _require(value in allowed, p + field, value, f"one of {', '.join(allowed)}")
+    for field in ("condition_cache", "recap_raster", "head_cache", "detail_tokens"):
+      value = getattr(self, field)
+      _require(isinstance(value, bool), p + field, value, "True or False")
+    _require(isinstance(self.policy, str), p + "policy", self.policy, "a name")
     _require_int(self, p, 1, "num_iter", "num_sampling_steps")
     _require(
       self.num_sampling_steps <= NUM_TRAIN_TIMESTEPS, p + "num_sampling_steps",

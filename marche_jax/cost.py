@@ -1,13 +1,19 @@
 """Analytic cost of decoding: floating point operations, counted as two per multiply-add.
 
 Matrix products only, as is usual for model FLOPs; norms, activations and softmax are left out.
+Everything is of one image and of both guidance halves where there are two.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from marche_jax.config import ModelConfig
+from marche_jax.head_schedule import CachedSteps
+
+if TYPE_CHECKING:
+  from marche_jax.plan import HeadShape, StackShape, StepShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,31 +32,78 @@ class Flops:
     return Flops(self.encoder + other.encoder, self.decoder + other.decoder, self.head + other.head)
 
 
-def _block(width: int, mlp_ratio: float, queries: int, keys: int, updated: int) -> float:
-  """One block: `queries` tokens attend to `keys`; keys and values of `updated` are computed."""
+def _attention(width: int, queries: int, keys: int, updated: int) -> float:
+  """`queries` tokens attend to `keys`; keys and values of `updated` are computed."""
   projections = updated * 4 * width**2 + queries * 4 * width**2  # k, v; then q, output
-  attention = 4 * queries * keys * width
-  feed_forward = queries * 4 * mlp_ratio * width**2
-  return projections + attention + feed_forward
+  return projections + 4 * queries * keys * width
 
 
-def encoder_flops(config: ModelConfig, tokens: int) -> float:
-  """One pass over buffer tokens and `tokens` image tokens, one image, one guidance half."""
-  width, n = config.encoder_embed_dim, config.buffer_size + tokens
-  blocks = config.encoder_depth * _block(width, config.mlp_ratio, n, n, n)
-  return blocks + 2 * tokens * config.token_dim * width + 2 * n * width * config.decoder_embed_dim
+def _feed_forward(width: int, mlp_ratio: float, tokens: int) -> float:
+  return tokens * 4 * mlp_ratio * width**2
 
 
-def decoder_flops(config: ModelConfig, predicted: int) -> float:
-  """One pass over all positions; the last layer asks for `predicted` tokens only."""
-  width, n = config.decoder_embed_dim, config.buffer_size + config.seq_len
-  full = _block(width, config.mlp_ratio, n, n, n)
-  last = _block(width, config.mlp_ratio, predicted, n, n)
-  return (config.decoder_depth - 1) * full + last
+def _block(width: int, mlp_ratio: float, queries: int, keys: int, updated: int) -> float:
+  return _attention(width, queries, keys, updated) + _feed_forward(width, mlp_ratio, queries)
 
 
-def head_flops(config: ModelConfig, predicted: int, steps: int) -> float:
-  """`steps` diffusion steps of `predicted` tokens, one guidance half."""
-  w, c = config.diffloss_w, config.token_dim
-  step = 2 * (config.diffloss_d * 5 * w**2 + 2 * w**2 + 3 * c * w)
-  return predicted * (steps * step + 2 * config.decoder_embed_dim * w)
+def _stack(width: int, mlp_ratio: float, depth: int, shape: StackShape, buffer: int) -> float:
+  """`depth` layers of one guidance half: what `stack.run_stack` computes."""
+  seen = buffer + shape.slots
+  active = seen if shape.active is None else shape.active
+  flops = shape.record * 2.0 * seen * width
+  if shape.active is not None and shape.source == "lower":
+    flops += (shape.layer - 1) * _block(width, mlp_ratio, seen, seen, seen)
+    flops += _attention(width, seen, seen, seen) + _feed_forward(width, mlp_ratio, active)
+    return flops + (depth - shape.layer) * _block(width, mlp_ratio, active, seen, active)
+  if shape.active is not None and shape.source == "scout":
+    forced = shape.forced + (buffer if shape.buffer else 0)
+    flops += (shape.layer - 1) * _block(width, mlp_ratio, forced, seen + forced, forced)
+    flops += forced * 4 * width**2 + 2 * forced * (seen + forced) * width
+  return flops + depth * _block(width, mlp_ratio, active, seen, active)
+
+
+def encoder_flops(config: ModelConfig, shape: StackShape, halves: int) -> float:
+  """One pass of the encoder and the projection of its output to the decoder."""
+  width, buffer = config.encoder_embed_dim, config.buffer_size
+  active = buffer + shape.slots if shape.active is None else shape.active
+  blocks = _stack(width, config.mlp_ratio, config.encoder_depth, shape, buffer)
+  inputs = 2 * shape.slots * config.token_dim * width
+  return halves * (blocks + inputs + 2 * active * width * config.decoder_embed_dim)
+
+
+def decoder_flops(config: ModelConfig, shape: StackShape, halves: int, asked: int) -> float:
+  """One pass of the decoder; its last layer asks for `asked` tokens only."""
+  width, buffer = config.decoder_embed_dim, config.buffer_size
+  seen = buffer + shape.slots
+  active = seen if shape.active is None else shape.active
+  blocks = _stack(width, config.mlp_ratio, config.decoder_depth - 1, shape, buffer)
+  return halves * (blocks + _block(width, config.mlp_ratio, asked, seen, active))
+
+
+def head_flops(config: ModelConfig, shape: HeadShape, guided: bool, steps: int) -> float:
+  """Sampling the tokens of a step with `steps` diffusion steps."""
+  halves = 2 if guided else 1
+  w, c, d = config.diffloss_w, config.token_dim, config.diffloss_d
+  modulation, blocks, ends = 2 * (3 * d + 2) * w**2, 4 * d * w**2, 6 * c * w
+  condition = halves * 2 * config.decoder_embed_dim * w
+  full = halves * (modulation + blocks + ends)
+  flops = shape.slots * condition
+  if shape.cached:
+    schedule = CachedSteps.of(steps, d)
+    kept = len(schedule.kept)  # blocks that a cached step still runs
+    cheap = 2 * (3 * kept + 2) * w**2 + ends
+    flops += shape.slots * (schedule.num_full * full + (steps - schedule.num_full) * cheap)
+    flops += shape.slots * schedule.num_recomputed * 4 * kept * w**2
+  else:
+    flops += shape.slots * steps * full
+  return flops + shape.detail * (condition + shape.detail_steps * full)
+
+
+def step_flops(config: ModelConfig, shape: StepShape, steps: int) -> Flops:
+  """One iteration of a step shape, with `steps` diffusion steps."""
+  asked = max(shape.head.slots, shape.difference)
+  return Flops(
+    encoder_flops(config, shape.encoder, shape.halves),
+    decoder_flops(config, shape.decoder, shape.halves, asked),
+    head_flops(config, shape.head, shape.guided, steps),
+  )

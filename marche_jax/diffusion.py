@@ -70,10 +70,25 @@ class Process:
       "min_log_variance": self.posterior_log_variance,
       "max_log_variance": np.log(betas),
       "noise": (np.arange(len(betas)) > 0).astype(np.float64),
-    }
+    } | self._dpm_coefficients()
     return Coefficients(
       **{k: v if k == "timestep" else v.astype(np.float32) for k, v in values.items()}
     )
+
+
+  def _dpm_coefficients(self) -> dict[str, np.ndarray]:
+    """Scalars of `dpm_step`; the last executed step (index 0) goes to x_0, where sigma is 0."""
+    alpha, sigma = np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)
+    to_alpha, to_sigma = np.append(1.0, alpha[:-1]), np.append(0.0, sigma[:-1])
+    decay = alpha * to_sigma / (sigma * to_alpha)  # exp(-h), h the step of log(alpha / sigma)
+    h = -np.log(np.where(decay > 0, decay, 1.0))
+    before = np.append(h[1:], np.inf)  # of the step executed before; none before the first
+    return {
+      "dpm_xt": to_sigma / sigma * decay,
+      "dpm_x0": to_alpha * (1 - decay**2),
+      "dpm_noise": to_sigma * np.sqrt(1 - decay**2),
+      "dpm_slope": 0.5 * h / before,
+    }
 
 
 @flax.struct.dataclass
@@ -90,6 +105,10 @@ class Coefficients:
   min_log_variance: Any
   max_log_variance: Any
   noise: Any  # 0 at the last executed step (index 0), else 1
+  dpm_xt: Any  # of `dpm_step`: weight of x_t,
+  dpm_x0: Any  # of x_0,
+  dpm_noise: Any  # of the noise,
+  dpm_slope: Any  # and of the change of x_0 since the step before
 
   def at(self, index: jax.Array) -> Coefficients:
     """The scalars of one step, or one per token where `index` is an array."""
@@ -148,6 +167,37 @@ def ancestral_step(
   """
   mean, log_variance = _mean_and_log_variance(c, x, *_split(out))
   return mean + c.noise * temperature * jnp.exp(0.5 * log_variance) * noise
+
+
+def dpm_step(
+  c: Coefficients,
+  x: jax.Array,
+  out: jax.Array,
+  before: jax.Array,
+  noise: jax.Array,
+  temperature: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """One step of SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 4 and appendix D).
+
+  A multistep solver of second order for the reverse SDE in terms of the predicted x_0, which it
+  extrapolates linearly in log(alpha / sigma); the learned variance is not used. The first step, with
+  nothing before it, and the last, which ends at x_0, are of first order.
+
+  Args:
+    c: the step's scalars.
+    x: x_t, float32 [..., C].
+    out: head output [..., 2C] at x_t, after guidance.
+    before: x_0 predicted in the step before [..., C]; unused in the first step.
+    noise: standard normal [..., C]; unused at the last step.
+    temperature: factor on the noise.
+
+  Returns:
+    x at the next timestep, and the x_0 predicted now, both float32 [..., C].
+  """
+  eps, _ = _split(out)
+  x0 = c.sqrt_recip_alpha * x - c.sqrt_recip_alpha_minus_one * eps
+  extrapolated = x0 + c.dpm_slope * (x0 - before)
+  return c.dpm_xt * x + c.dpm_x0 * extrapolated + c.dpm_noise * temperature * noise, x0
 
 
 def add_noise(c: Coefficients, x0: jax.Array, noise: jax.Array) -> jax.Array:

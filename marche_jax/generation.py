@@ -52,14 +52,13 @@ class Decoder:
     self.chunk = len(plan.rows) if chunk is None else min(chunk, len(plan.rows))
     self._mesh = mesh
     self._rows, self._tables = sampler.plan_rows(plan)
-    static = {
-      "config": plan.config, "shapes": plan.shapes, "dtype": dtype, "head_dtype": head_dtype
-    }  # fmt: skip
+    self._dtype = dtype
+    dtypes = {"dtype": dtype, "head_dtype": head_dtype}
     # Without a mesh the jitted function is shared, and its programs with it.
-    self._decode: Any = (
-      sampler.jitted_decode if mesh is None else sampler.sharded_decode(mesh, **static)
-    )
-    self._static = static if mesh is None else {}
+    self._decode: Any = sampler.jitted_decode
+    self._static: dict[str, Any] = {"config": plan.config, "shapes": plan.shapes, **dtypes}
+    if mesh is not None:
+      self._decode, self._static = sampler.sharded_decode(mesh, plan, **dtypes), {}
 
   def place(self, params: Params) -> Params:
     """Parameters where the program reads them: on every device of the mesh."""
@@ -67,13 +66,22 @@ class Decoder:
       return params
     return jax.device_put(params, NamedSharding(self._mesh, PartitionSpec()))
 
+  def start(self, keys: jax.Array, order: Any = None, known: Any = None) -> sampler.DecodeState:
+    """The state before the first iteration; see `initial_state`. Caches lie where they are used."""
+    state = initial_state(self.plan, keys, order, known)
+    create: Any = functools.partial(sampler.empty_state, self.plan, dtype=self._dtype)
+    if self._mesh is None or not self.plan.cache_halves:
+      return create(state.tokens, state.order)
+    specs = sampler.state_specs(self.plan, "data")
+    shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)  # type: ignore[arg-type]
+    return jax.jit(create, out_shardings=shardings)(state.tokens, state.order)
+
   def compile(self, params: Params, batch_size: int) -> float:
     """Compiles for a batch size ahead of the first call; returns the seconds it took."""
 
     def start_of_batch() -> tuple[sampler.DecodeState, sampler.Inputs]:
       keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch_size))
-      state, _ = initial_state(self.plan.config, keys)
-      return state, sampler.Inputs(jnp.zeros(batch_size, jnp.int32), keys)
+      return self.start(keys), sampler.Inputs(jnp.zeros(batch_size, jnp.int32), keys)
 
     start = time.perf_counter()
     state, inputs = jax.eval_shape(start_of_batch)
@@ -153,7 +161,8 @@ def generate(
     image_ids: int [B], the images' numbers; default 0 to B - 1.
     order: int [B, S], a permutation of the tokens per image, revealed from its end; default random.
     noise: replays recorded noise: (initial [num_iter, B, S, C], steps [num_iter, T, B, S, C]),
-      index 0 of T being the first executed step.
+      index 0 of T being the first executed step; num_iter as in the plan (GtR takes fewer), T the
+      largest number of diffusion steps in it.
     known: (tokens [B, S, C], mask [B, S], 1 where unknown): tokens to keep, for inpainting; the
       same number of them in every image. They come last in the order.
 
@@ -176,50 +185,62 @@ def generate(
   if ((ids < 0) | (ids >= 2**32)).any():
     raise ValueError(f"image_ids: found {ids.min()} to {ids.max()}, expected 0 to 2**32 - 1")
   keys = sampler.image_keys(key, jnp.asarray(ids, jnp.uint32))
-  state, num_known = initial_state(config, keys, order, known)
-  plan = make_plan(config, sample_config, num_known)
+  plan = make_plan(config, sample_config, count_known(config, batch, known))
   recorded = None
   if noise is not None:
-    steps = len(plan.processes[0].timesteps)
+    steps = max(len(process.timesteps) for process in plan.processes)
     shape = (len(plan.rows), batch, config.seq_len, config.token_dim)
     recorded = sampler.Noise(
       _array("noise[0]", noise[0], shape, "f"),
       _array("noise[1]", noise[1], (shape[0], steps, *shape[1:]), "f"),
     )
-  tokens = Decoder(plan)(model.params, state, sampler.Inputs(labels, keys, recorded))
+  decoder = Decoder(plan)
+  state = decoder.start(keys, order, known)
+  tokens = decoder(model.params, state, sampler.Inputs(labels, keys, recorded))
   return unpatchify(tokens, config)
 
 
-def initial_state(
-  config: ModelConfig, keys: jax.Array, order: Any = None, known: tuple[Any, Any] | None = None
-) -> tuple[sampler.DecodeState, int]:
-  """The state before the first iteration, and how many tokens are known in it.
+def count_known(config: ModelConfig, batch: int, known: tuple[Any, Any] | None) -> int:
+  """How many tokens of every image are given by `known`; errors as in `generate`."""
+  if known is None:
+    return 0
+  mask = _array("known[1]", known[1], (batch, config.seq_len), "iufb") != 0
+  counts = (~mask).sum(axis=1)
+  if not (counts == counts[0]).all() or counts[0] == config.seq_len:
+    raise ValueError(
+      f"known[1]: found {sorted(set(counts.tolist()))} known tokens, expected the same number, "
+      f"below {config.seq_len}, in every image"
+    )
+  return int(counts[0])
 
-  Arguments and errors as in `generate`; keys [B] of `sampler.image_keys`.
+
+def initial_state(
+  plan: DecodePlan, keys: jax.Array, order: Any = None, known: tuple[Any, Any] | None = None
+) -> sampler.DecodeState:
+  """Tokens and order before the first iteration, without caches.
+
+  Arguments and errors as in `generate`; keys [B] of `sampler.image_keys`. An order that was given is
+  taken as it is, but for known tokens; others follow the plan's rule.
   """
+  config = plan.config
   batch, s, c = keys.shape[0], config.seq_len, config.token_dim
   if order is None:
-    order = sampler.random_order(keys, s)
+    order = sampler.arrange(plan, sampler.random_order(keys, s))
   else:
     given = _array("order", order, (batch, s), "iu")
     if not (np.sort(given, axis=1) == np.arange(s)).all():
       raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
     order = jnp.asarray(given, jnp.int32)
   if known is None:
-    return sampler.DecodeState(jnp.zeros((batch, s, c)), order), 0
+    return sampler.DecodeState(jnp.zeros((batch, s, c)), order)
+  count_known(config, batch, known)
   values = _array("known[0]", known[0], (batch, s, c), "f")
   mask = _array("known[1]", known[1], (batch, s), "iufb") != 0
-  counts = (~mask).sum(axis=1)
-  if not (counts == counts[0]).all() or counts[0] == s:
-    raise ValueError(
-      f"known[1]: found {sorted(set(counts.tolist()))} known tokens, expected the same number, "
-      f"below {s}, in every image"
-    )
   is_known = jnp.take_along_axis(jnp.asarray(~mask), order, axis=1)
   last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
   order = jnp.take_along_axis(order, last, axis=1)
   tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
-  return sampler.DecodeState(tokens, order), int(counts[0])
+  return sampler.DecodeState(tokens, order)
 
 
 def check_labels(labels: Any, config: ModelConfig) -> np.ndarray:

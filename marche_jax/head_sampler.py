@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from marche_jax import diffusion
 from marche_jax.config import ModelConfig
+from marche_jax.head_schedule import CachedSteps
 from marche_jax.models.head import Head, modulate, normalize
 
 MODULATION_ROWS = 256
@@ -82,11 +83,11 @@ def _dense(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
   return out + weights["bias"].astype(jnp.float32)
 
 
-def modulations(weights: HeadWeights, time: jax.Array, cond: jax.Array) -> jax.Array:
+def modulations(layer: dict[str, jax.Array], time: jax.Array, cond: jax.Array) -> jax.Array:
   """Shifts, scales and gates of every block, then the final shift and scale.
 
   Args:
-    weights: of `prepare`.
+    layer: `HeadWeights.modulation`, or some of its columns.
     time: embeddings of some timesteps, float32 [k, w].
     cond: projected z, float32 [m, w].
 
@@ -94,7 +95,7 @@ def modulations(weights: HeadWeights, time: jax.Array, cond: jax.Array) -> jax.A
     float32 [k, m, (3d + 2) w].
   """
   inner = jax.nn.silu(time[:, None] + cond)
-  out = _dense(weights.modulation, inner.reshape(-1, cond.shape[-1]))
+  out = _dense(layer, inner.reshape(-1, cond.shape[-1]))
   return out.reshape(*inner.shape[:2], -1)
 
 
@@ -109,20 +110,24 @@ def denoise(weights: HeadWeights, x: jax.Array, modulation: jax.Array) -> jax.Ar
   Returns:
     float32 [halves * n, 2C].
   """
-  parts = jnp.split(modulation, 3 * len(weights.blocks) + 2, axis=-1)
-  h = jnp.tile(_dense(weights.input_proj, x), (modulation.shape[0] // x.shape[0], 1))
-  for i, block in enumerate(weights.blocks):
-    norm = normalize(h) * block["norm"]["scale"] + block["norm"]["bias"]
-    inner = jax.nn.silu(_dense(block["fc1"], modulate(norm, parts[3 * i], parts[3 * i + 1])))
-    h = h + parts[3 * i + 2] * _dense(block["fc2"], inner)
-  h = modulate(normalize(h), parts[-2], parts[-1])
-  return _dense(weights.final_linear, h)
+  return _denoise_and_store(weights, x, modulation)[0]
 
 
 def _steps_together(steps: int, rows: int) -> int:
-  """The largest divisor of `steps` that keeps a modulation product within `MODULATION_ROWS`."""
+  """Diffusion steps that share a modulation product of at most `MODULATION_ROWS` rows."""
   most = max(1, min(steps, MODULATION_ROWS // rows))
-  return next(k for k in range(most, 0, -1) if steps % k == 0)
+  return -(-steps // -(-steps // most))  # as many each time, but for the last
+
+
+def detail_scores(z: jax.Array) -> jax.Array:
+  """How much high frequency conditions have: z float32 [..., D] -> [...].
+
+  The magnitudes of the discrete Fourier transform of z along its channels, the n-th of D/2 weighted
+  by 1 + n / (D/2) (frequency-weighted token selection, GtR, arXiv 2510.17171, section 3.4).
+  """
+  magnitude = jnp.abs(jnp.fft.rfft(z.astype(jnp.float32), axis=-1))[..., 1:]
+  half = z.shape[-1] // 2
+  return (magnitude[..., :half] * (1 + jnp.arange(1, half + 1) / half)).sum(axis=-1)
 
 
 def sample(
@@ -137,8 +142,10 @@ def sample(
   temperature: jax.Array,
   initial_noise: jax.Array,
   step_noise: Callable[[jax.Array, jax.Array], jax.Array],
+  solver: str = "ddpm",
+  cached: bool = False,
 ) -> jax.Array:
-  """Draws tokens given z by ancestral sampling with guidance.
+  """Draws tokens given z, with guidance.
 
   Args:
     weights: of `prepare`.
@@ -151,30 +158,169 @@ def sample(
     temperature: factor on the noise, float32 [].
     initial_noise: x_T, float32 [n, C].
     step_noise: (index of the executed step from 0, its timestep) -> float32 [n, C].
+    solver: 'ddpm', ancestral sampling, or 'dpm++', see `diffusion.dpm_step`.
+    cached: most steps reuse what the head computed before; `steps` is static then.
 
   Returns:
     float32 [n, C].
   """
   cond = _dense(weights.cond_embed, z)
   time = weights.time[table]
+
+  def advance(index: jax.Array, state: tuple, out: jax.Array) -> tuple:
+    """One step of the solver from its index and the guided output; state: (x_t, x_0 before)."""
+    x, before = state
+    c = coefficients.at(index)
+    noise = step_noise(steps - 1 - index, c.timestep)
+    if solver == "dpm++":
+      return diffusion.dpm_step(c, x, out, before, noise, temperature)
+    return diffusion.ancestral_step(c, x, out, noise, temperature), before
+
+  start = (initial_noise, jnp.zeros_like(initial_noise))
+  if cached:
+    assert isinstance(steps, int)
+    return _sample_cached(weights, cond, time, halves, steps, cfg, start, advance)
+
   static = steps if isinstance(steps, int) else None
   together = _steps_together(static or time.shape[0], cond.shape[0])
 
-  def run(chunk: jax.Array, x: jax.Array) -> jax.Array:
+  def run(chunk: jax.Array, state: tuple) -> tuple:
     last = steps - 1 - chunk * together  # index of the chunk's first executed step
     indices = jnp.maximum(last - jnp.arange(together), 0)
-    modulation = modulations(weights, time[indices], cond)
+    modulation = modulations(weights.modulation, time[indices], cond)
 
-    def step(i: jax.Array, x: jax.Array) -> jax.Array:
-      c = coefficients.at(last - i)
+    def step(i: jax.Array, state: tuple) -> tuple:
+      x = state[0]
       out = denoise(weights, x, modulation[i])
       if halves == 2:
         out = diffusion.guide(out[: len(x)], out[len(x) :], cfg)
-      noise = step_noise(chunk * together + i, c.timestep)
-      return diffusion.ancestral_step(c, x, out, noise, temperature)
+      return advance(last - i, state, out)
 
     # A static trip count where there is one: others cost a GPU a round trip to the host per trip.
-    trips = together if static else jnp.minimum(together, last + 1)
-    return jax.lax.fori_loop(0, trips, step, x)
+    exact = static is not None and static % together == 0
+    trips = together if exact else jnp.minimum(together, last + 1)
+    return jax.lax.fori_loop(0, trips, step, state)
 
-  return jax.lax.fori_loop(0, -(-steps // together), run, initial_noise)
+  return jax.lax.fori_loop(0, -(-steps // together), run, start)[0]
+
+
+def _sample_cached(
+  weights: HeadWeights,
+  cond: jax.Array,
+  time: jax.Array,
+  halves: int,
+  steps: int,
+  cfg: jax.Array,
+  start: tuple,
+  advance: Callable[[jax.Array, tuple, jax.Array], tuple],
+) -> jax.Array:
+  """The loop of `sample` with LazyMAR's head cache; its schedule is `CachedSteps`."""
+  schedule = CachedSteps.of(steps, len(weights.blocks))
+  width, rows = cond.shape[1], start[0].shape[0]
+  longest = max(schedule.lengths)
+  recomputed = jnp.asarray(schedule.recomputed)
+  columns = [slice(3 * b * width, 3 * (b + 1) * width) for b in (*schedule.kept, len(weights.blocks))]
+  kernel, bias = weights.modulation["kernel"], weights.modulation["bias"]
+  few = {
+    "kernel": jnp.concatenate([kernel[:, c] for c in columns], axis=1),
+    "bias": jnp.concatenate([bias[c] for c in columns]),
+  }
+
+  def group(number: jax.Array, state: tuple) -> tuple:
+    """A full step and the cached ones that follow."""
+    index = jnp.asarray(schedule.starts)[number]
+    x = state[0]
+    out, inner, outputs = _denoise_and_store(
+      weights, x, modulations(weights.modulation, time[index][None], cond)[0]
+    )
+    difference = jnp.zeros_like(out[:rows, : x.shape[1]])
+    if halves == 2:
+      difference = out[rows:, : x.shape[1]] - out[:rows, : x.shape[1]]
+      out = diffusion.guide(out[:rows], out[rows:], cfg)
+    state = advance(index, state, out)
+    if not longest:
+      return state
+    following = jnp.maximum(index - 1 - jnp.arange(longest), 0)
+    modulation = modulations(few, time[following], cond[:rows])
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+      state, outputs = carry
+      at = index - 1 - i
+      out, outputs = _denoise_cached(
+        weights, schedule.kept, state[0], modulation[i], inner, outputs, recomputed[at]
+      )
+      if halves == 2:
+        uncond = out.at[:, : x.shape[1]].add(difference)
+        out = diffusion.guide(out, uncond, cfg)
+      return advance(at, state, out), outputs
+
+    trips = jnp.asarray(schedule.lengths)[number]
+    return jax.lax.fori_loop(0, trips, step, (state, outputs))[0]
+
+  return jax.lax.fori_loop(0, schedule.num_full, group, start)[0]
+
+
+def _mlp(block: dict[str, Any], h: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+  norm = normalize(h) * block["norm"]["scale"] + block["norm"]["bias"]
+  return _dense(block["fc2"], jax.nn.silu(_dense(block["fc1"], modulate(norm, shift, scale))))
+
+
+def _denoise_and_store(
+  weights: HeadWeights, x: jax.Array, modulation: jax.Array
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+  """`denoise`, and what cached steps need of the conditional half.
+
+  Returns:
+    The output [halves * n, 2C]; the residual of the inner blocks together [n, w]; the output of the
+    MLPs of the first and the last block, each [n, w].
+  """
+  parts, rows = jnp.split(modulation, 3 * len(weights.blocks) + 2, axis=-1), x.shape[0]
+  h = jnp.tile(_dense(weights.input_proj, x), (modulation.shape[0] // rows, 1))
+  trail, outputs = [h], []
+  for i, block in enumerate(weights.blocks):
+    outputs.append(_mlp(block, h, parts[3 * i], parts[3 * i + 1]))
+    h = h + parts[3 * i + 2] * outputs[-1]
+    trail.append(h)
+  kept = tuple(outputs[i][:rows] for i in sorted({0, len(weights.blocks) - 1}))
+  inner = (trail[-2] - trail[1])[:rows] if len(weights.blocks) > 1 else jnp.zeros_like(h[:rows])
+  out = _dense(weights.final_linear, modulate(normalize(h), parts[-2], parts[-1]))
+  return out, inner, kept
+
+
+def _denoise_cached(
+  weights: HeadWeights,
+  kept: tuple[int, ...],
+  x: jax.Array,
+  modulation: jax.Array,
+  inner: jax.Array,
+  outputs: tuple[jax.Array, ...],
+  recompute: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """The conditional half of a cached step: output [n, 2C], and the kept MLPs' outputs.
+
+  Args:
+    weights: of `prepare`.
+    kept: numbers of the first and the last block.
+    x: x_t, [n, C].
+    modulation: shift, scale and gate of the kept blocks, final shift and scale [n, (3k + 2) w].
+    inner: stored residual of the inner blocks [n, w].
+    outputs: stored outputs of the kept blocks' MLPs, each [n, w].
+    recompute: run those MLPs, bool [].
+  """
+  parts = jnp.split(modulation, 3 * len(kept) + 2, axis=-1)
+
+  def body(h: jax.Array, outputs: tuple, run: bool) -> tuple[jax.Array, tuple]:
+    new = []
+    for i, number in enumerate(kept):
+      if i == 1:
+        h = h + inner
+      shift, scale, gate = parts[3 * i : 3 * i + 3]
+      new.append(_mlp(weights.blocks[number], h, shift, scale) if run else outputs[i])
+      h = h + gate * new[-1]
+    return h, tuple(new)
+
+  h = _dense(weights.input_proj, x)
+  h, outputs = jax.lax.cond(
+    recompute, lambda o: body(h, o, True), lambda o: body(h, o, False), outputs
+  )
+  return _dense(weights.final_linear, modulate(normalize(h), parts[-2], parts[-1])), outputs

@@ -45,59 +45,74 @@ def split(
   Returns:
     Seconds per image of 'encoder', 'decoder' and 'head', compile time apart.
   """
-  _, tables = sampler.plan_rows(plan)
+  rows, tables = sampler.plan_rows(plan)
   timesteps = tables.coefficients.timestep
   prepare = functools.partial(head_sampler.prepare, config=plan.config, dtype=head_dtype)
   weights = jax.jit(prepare)(params["head"], timesteps=timesteps)
   total = dict.fromkeys(("encoder", "decoder", "head"), 0.0)
-  rows = collections.Counter((plan.shapes[row.shape], row.process) for row in plan.rows)
-  for (shape, process), count in rows.items():
-    steps = len(plan.processes[process].timesteps)
-    pieces = _pieces(plan.config, params, weights, tables, shape, process, steps, batch_size, dtype)
+  of_shape = collections.defaultdict(list)
+  for number, row in enumerate(plan.rows):
+    of_shape[row.shape].append(number)
+  for shape, numbers in of_shape.items():
+    last = jax.tree.map(lambda x, k=numbers[-1]: jnp.asarray(x[k]), rows)
+    pieces = _pieces(plan, params, weights, tables, plan.shapes[shape], last, batch_size, dtype)
     for name, run in pieces.items():
-      total[name] += count * min(seconds(run, 2)) / batch_size
+      steps = [plan.steps(plan.rows[k]) for k in numbers]
+      share = sum(steps) / steps[-1] if name == "head" else len(numbers)
+      total[name] += share * min(seconds(run, 2)) / batch_size
   return total
 
 
 def _pieces(
-  config: ModelConfig,
+  plan: DecodePlan,
   params: Params,
   weights: head_sampler.HeadWeights,
   tables: sampler.Tables,
   shape: StepShape,
-  process: int,
-  steps: int,
+  row: sampler.Rows,
   batch: int,
   dtype: Any,
-) -> dict[str, Callable[[], jax.Array]]:
+) -> dict[str, Callable[[], Any]]:
   """What one row of a step shape runs, each part compiled when it is first called."""
-  halves, slots = shape.guidance_halves, shape.predict_slots
+  config = plan.config
   order = jnp.broadcast_to(jnp.arange(config.seq_len), (batch, config.seq_len))
-  state = sampler.DecodeState(jnp.ones((batch, config.seq_len, config.token_dim)), order)
-  embedding = jnp.ones((halves * batch, config.encoder_embed_dim))
-  predict = jnp.broadcast_to(jnp.arange(slots), (halves * batch, slots))
-  coefficients = jax.tree.map(lambda x: jnp.asarray(x[process]), tables.coefficients)
+  tokens = jnp.ones((batch, config.seq_len, config.token_dim))
+  state = sampler.empty_state(plan, tokens, order, dtype)
+  embedding = jnp.ones((shape.halves * batch, config.encoder_embed_dim))
+  asked = max(shape.head.slots, shape.difference)
 
-  encode = jax.jit(
-    lambda p: sampler.run_encoder(
-      p, config, dtype, state, embedding, shape.encoder_slots, jnp.int32(shape.encoder_slots)
-    )
-  )
-  decode = jax.jit(lambda p, x: sampler.run_decoder(p, config, dtype, x, predict))
+  # The caches are handed back in place, as the sampler's loop carries them.
+  @functools.partial(jax.jit, donate_argnums=1)
+  def encode(p: Params, state: sampler.DecodeState) -> tuple[sampler.DecodeState, jax.Array]:
+    return sampler.run_encoder(p, config, dtype, shape.encoder, row, state, embedding)[:2]
+
+  @functools.partial(jax.jit, donate_argnums=1)
+  def decode(
+    p: Params, state: sampler.DecodeState, x: jax.Array
+  ) -> tuple[sampler.DecodeState, jax.Array]:
+    return sampler.run_decoder(p, config, dtype, shape.decoder, row, state, x, asked)[:2]
 
   @jax.jit
-  def head(weights: head_sampler.HeadWeights, z: jax.Array, noise: jax.Array) -> jax.Array:
-    return head_sampler.sample(
-      weights, z, halves, table=jnp.int32(process), coefficients=coefficients, steps=steps,
-      cfg=jnp.float32(2.0), temperature=jnp.float32(1.0), initial_noise=noise,
-      step_noise=lambda i, timestep: noise,
-    )  # fmt: skip
+  def head(weights: head_sampler.HeadWeights, z: jax.Array, predict: jax.Array) -> jax.Array:
+    keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch))
+    inputs = sampler.Inputs(jnp.zeros(batch, jnp.int32), keys)
+    return sampler.sample_tokens(weights, shape.head, row, tables, inputs, None, predict, z)
 
-  x = encode(params)
-  z = decode(params, x).astype(jnp.float32).reshape(halves * batch * slots, -1)
-  noise = jax.random.normal(jax.random.key(0), (batch * slots, config.token_dim))
+  slots = shape.head.slots
+  z = jnp.ones((2 if shape.guided else 1, batch, slots, config.decoder_embed_dim))
+  predict = jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+  kept = [state]
+
+  def run_encoder() -> jax.Array:
+    kept[0], x = encode(params, kept[0])
+    return x
+
+  x = run_encoder()
+
+  def run_decoder() -> jax.Array:
+    kept[0], out = decode(params, kept[0], x)
+    return out
+
   return {
-    "encoder": lambda: encode(params),
-    "decoder": lambda: decode(params, x),
-    "head": lambda: head(weights, z, noise),
-  }
+    "encoder": run_encoder, "decoder": run_decoder, "head": lambda: head(weights, z, predict)
+  }  # fmt: skip

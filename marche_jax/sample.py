@@ -187,10 +187,9 @@ def _draw(
   batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
   ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
   keys = sampler.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
-  state, _ = generation.initial_state(model.config, keys)
   tokens = decoder(
     model.params,
-    state,
+    decoder.start(keys),
     sampler.Inputs(batch, keys),
     progress=lambda iterations: bar.update(iterations * len(real)),
   )
@@ -259,7 +258,8 @@ def main() -> None:
   if flags.FLAGS.policy is not None:
     sample_config = dataclasses.replace(sample_config, policy=flags.FLAGS.policy)
   if flags.FLAGS.print_plan:
-    print(make_plan(model.config, sample_config).table())
+    baseline = make_plan(model.config, dataclasses.replace(sample_config, policy="full"))
+    print(make_plan(model.config, sample_config).table(baseline))
     return
   given = None if flags.FLAGS.labels is None else parse_labels(flags.FLAGS.labels)
   num_images = flags.FLAGS.num_images

@@ -29,22 +29,25 @@ _normal = nn.initializers.normal(0.02)
 _layer_norm = functools.partial(nn.LayerNorm, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False)
 
 
-def attention_weights(q: jax.Array, k: jax.Array, heads: int, valid: jax.Array | None) -> jax.Array:
-  """Softmax(q k^T / sqrt(head width)), float32 [B, heads, Nq, Nk].
+def attention_logits(q: jax.Array, k: jax.Array, heads: int, valid: jax.Array | None) -> jax.Array:
+  """q k^T / sqrt(head width), float32 [B, heads, Nq, Nk]; minus infinity for invalid keys.
 
   Args:
     q: queries [B, Nq, width], heads packed in the last axis.
     k: keys [B, Nk, width].
     heads: number of heads.
-    valid: bool [B, Nk]; False keys get no weight. None: all are valid.
+    valid: bool [B or 1, Nk]; False keys get no weight. None: all are valid.
   """
   split_q = q.reshape(*q.shape[:2], heads, -1)
   split_k = k.reshape(*k.shape[:2], heads, -1)
   logits = jnp.einsum("bqhd,bkhd->bhqk", split_q, split_k, preferred_element_type=jnp.float32)
   logits *= (q.shape[-1] // heads) ** -0.5
-  if valid is not None:
-    logits = jnp.where(valid[:, None, None, :], logits, -jnp.inf)
-  return jax.nn.softmax(logits, axis=-1)
+  return logits if valid is None else jnp.where(valid[:, None, None, :], logits, -jnp.inf)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, heads: int, valid: jax.Array | None) -> jax.Array:
+  """Softmax of `attention_logits`, float32 [B, heads, Nq, Nk]."""
+  return jax.nn.softmax(attention_logits(q, k, heads, valid), axis=-1)
 
 
 def attention_output(weights: jax.Array, v: jax.Array) -> jax.Array:
@@ -88,6 +91,11 @@ class Block(nn.Module):
     """[B, N, width] -> queries [B, N, width] alone."""
     return self._part(x, 0, 1)
 
+  def queries_keys(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, N, width] -> queries and keys alone, each [B, N, width]."""
+    q, k = jnp.split(self._part(x, 0, 2), 2, axis=-1)
+    return q, k
+
   def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[B, N, width] -> keys and values alone, each [B, N, width]."""
     k, v = jnp.split(self._part(x, 1, 3), 2, axis=-1)
@@ -112,8 +120,11 @@ class Block(nn.Module):
     """The residual attention branch: x, q [B, Nq, width]; k, v [B, Nk, width]; valid [B, Nk]."""
     weights = attention_weights(q, k, self.heads, valid)
     weights = self.dropout_attn(weights, deterministic=deterministic)
-    out = self.proj(attention_output(weights, v))
-    return x + self.dropout_proj(out, deterministic=deterministic)
+    return self.project(x, attention_output(weights, v), deterministic)
+
+  def project(self, x: jax.Array, attended: jax.Array, deterministic: bool = True) -> jax.Array:
+    """Adds the projection of what attention gave, [B, Nq, width], to the residual x."""
+    return x + self.dropout_proj(self.proj(attended), deterministic=deterministic)
 
   def feed_forward(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
     """The residual feed-forward branch, [B, N, width] -> [B, N, width]."""
@@ -259,6 +270,20 @@ class MAR(nn.Module):
     rows = jnp.arange(batch)[:, None]
     x = x.at[rows, places].set(embedded[:, c.buffer_size :], mode="drop")
     return x + self.decoder_pos_embed_learned.astype(self.dtype)
+
+  def decoder_positions(self, positions: jax.Array) -> jax.Array:
+    """Position embedding of the buffer, then of image positions int [B, n]: [B, buffer + n, Dd]."""
+    embedding = self.decoder_pos_embed_learned[0].astype(self.dtype)
+    buffer = self.config.buffer_size
+    shape = (positions.shape[0], buffer, embedding.shape[-1])
+    return jnp.concatenate(
+      [jnp.broadcast_to(embedding[:buffer], shape), embedding[buffer + positions]], axis=1
+    )
+
+  def masked_input(self, positions: jax.Array) -> jax.Array:
+    """What the decoder sees of unknown tokens at image positions int [B, n]: [B, n, Dd]."""
+    embedded = self.decoder_positions(positions)[:, self.config.buffer_size :]
+    return embedded + self.mask_token[0].astype(self.dtype)
 
   def condition(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Decoder output before its norm, at image positions int [B, n]: [B, n, Dd] -> z [B, n, Dd]."""

@@ -1,0 +1,94 @@
+"""The KV cache and attention over it.
+
+A cache is explicit state: one array of keys and one of values for every stack, which a step takes,
+updates in place and hands on. Rows of a full step are written as one block, those of a selective
+step are scattered; attention then reads the layer as a whole. `merged_attention` is the other way,
+that of MARché: an active and a cached part, attended apart and merged by an online softmax. It is
+what a scout pass uses, whose keys and values must not stay.
+
+Positions are in **rank** order: the buffer tokens, then the image tokens in the order in which they
+are revealed. Attention does not care about order, and so the known tokens, those generated last and
+those generated now are each one contiguous range, the same one in all images.
+
+Shapes: L layers, X sequences (guidance halves times images), N = buffer + S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from marche_jax.models.mar import attention_logits
+
+
+@flax.struct.dataclass
+class KVCache:
+  """Keys and values of one stack, each [L, X, N, width] (heads are split where they are used)."""
+
+  k: jax.Array
+  v: jax.Array
+
+  def read(
+    self, layer: jax.Array, sequences: int, positions: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a layer: the first sequences and positions, each [X, n, width]."""
+    size = (1, sequences, positions, self.k.shape[-1])
+    return tuple(jax.lax.dynamic_slice(x, (layer, 0, 0, 0), size)[0] for x in (self.k, self.v))  # type: ignore[return-value]
+
+  def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """Stores keys and values [X, n, width] of a layer's first n positions.
+
+    Sequences beyond the cache's are dropped: with a condition cache only the conditional half has
+    one.
+    """
+    rows = self.k.shape[1]
+    at = (layer, 0, 0, 0)
+    put = lambda to, x: jax.lax.dynamic_update_slice(to, x[None, :rows], at)  # noqa: E731
+    return KVCache(put(self.k, k), put(self.v, v))
+
+  def scatter(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """Stores keys and values [X, A, width] at positions int [X, A]; those out of range drop."""
+    sequence = jnp.arange(index.shape[0])[:, None]
+    put = lambda to, x: to.at[layer, sequence, index].set(x, mode="drop")  # noqa: E731
+    return KVCache(put(self.k, k), put(self.v, v))
+
+
+def empty_cache(layers: int, sequences: int, positions: int, width: int, dtype: object) -> KVCache:
+  """A cache of zeros."""
+  shape = (layers, sequences, positions, width)
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))  # type: ignore[arg-type]
+
+
+def merged_attention(
+  q: jax.Array, parts: Sequence[tuple[jax.Array, jax.Array, jax.Array]], heads: int
+) -> jax.Array:
+  """Attention over the union of parts, merged by an online softmax (arXiv 2506.12035).
+
+  Equal to attention over the concatenated keys; no array of the union is built. At least one key
+  must be valid in every sequence.
+
+  Args:
+    q: queries [X, Nq, width], heads packed in the last axis.
+    parts: (keys [X, Nk, width], values [X, Nk, width], valid bool [X or 1, Nk]) of each.
+    heads: number of heads.
+
+  Returns:
+    [X, Nq, width].
+  """
+  best = jnp.full((q.shape[0], heads, q.shape[1], 1), -jnp.inf)
+  total, out = jnp.zeros_like(best), jnp.zeros((*q.shape[:2], heads, q.shape[-1] // heads))
+  for k, v, valid in parts:
+    logits = attention_logits(q, k, heads, valid)
+    top = jnp.maximum(best, logits.max(axis=-1, keepdims=True))
+    safe = jnp.where(jnp.isfinite(top), top, 0.0)  # nothing valid so far
+    weights, scale = jnp.exp(logits - safe), jnp.exp(best - safe)
+    split_v = v.reshape(*v.shape[:2], heads, -1)
+    part = jnp.einsum(
+      "bhqk,bkhd->bqhd", weights.astype(v.dtype), split_v, preferred_element_type=jnp.float32
+    )
+    out = out * scale.swapaxes(1, 2) + part
+    total, best = total * scale + weights.sum(axis=-1, keepdims=True), top
+  return (out / total.swapaxes(1, 2)).astype(q.dtype).reshape(q.shape)

@@ -1,0 +1,66 @@
+"""GtR: generation, then reconstruction (arXiv 2510.17171)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from marche_jax.config import ModelConfig
+from marche_jax.diffusion import respaced_timesteps
+from marche_jax.plan import Draft, make_steps
+
+STAGES = ((0.25, 24), (0.25, 6), (0.5, 2))
+"""Share of the tokens, and iterations where `full` takes 64: 2.67, 10.67 and 64 tokens each."""
+
+FIRST, LAST, DETAIL = 50, 20, 50
+"""Diffusion steps: falling from FIRST to LAST over the generation; LAST in the reconstruction, but
+DETAIL for the DETAIL_SHARE of its tokens with most detail."""
+
+DETAIL_SHARE = 0.1
+
+
+def checkerboard_stages(config: ModelConfig) -> np.ndarray:
+  """Stage of every position, int [S]: 2 where row + column is odd, else 0 and 1 by turns.
+
+  The first two are the generation (spread evenly over the image), the last the reconstruction: each
+  of its tokens has only known neighbours.
+  """
+  row, column = np.divmod(np.arange(config.seq_len), config.grid_size)
+  diagonal = row + column
+  return np.where(diagonal % 2 == 1, 2, diagonal % 4 // 2)
+
+
+def stage_iterations(num_iter: int) -> list[int]:
+  """Iterations of the three stages where plain MAR takes `num_iter`: half as many in all."""
+  return [max(1, round(of_64 * num_iter / 64)) for _, of_64 in STAGES]
+
+
+def gtr(draft: Draft) -> None:
+  """A checkerboard's one colour slowly, then the other in one or two iterations."""
+  config, sample = draft.config, draft.sample
+  draft.stages = checkerboard_stages(config)
+  unknown = config.seq_len - draft.num_known
+  sizes = np.bincount(draft.stages, minlength=3) / config.seq_len
+  ends = np.round(np.cumsum(sizes) * unknown).astype(int)
+  predicted: list[int] = []
+  first_of_last = 0
+  for stage, count in enumerate(stage_iterations(sample.num_iter)):
+    first_of_last = len(predicted)
+    size = int(ends[stage]) - sum(predicted)
+    count = min(count, size)  # few tokens may be left where many are known
+    predicted += np.diff(np.round(np.linspace(0, size, count + 1)).astype(int)).tolist()
+  after = unknown - np.cumsum(predicted)
+  mask_len = np.maximum(after, 1)  # the last counts one, as in the reference
+  limit = sample.max_timestep
+  draft.steps = make_steps(
+    config, sample, draft.num_known, mask_len, np.asarray(predicted), range(1)
+  )
+  for k, step in enumerate(draft.steps):
+    if k < first_of_last:
+      share = k / max(1, first_of_last - 1)
+      count = round(FIRST + (LAST - FIRST) * share)
+    else:
+      count = LAST
+      if sample.detail_tokens:
+        step.num_detail = max(1, round(DETAIL_SHARE * step.num_predict))
+        step.detail_timesteps = tuple(respaced_timesteps(DETAIL, limit).tolist())
+    step.timesteps = tuple(respaced_timesteps(count, limit).tolist())

@@ -1,0 +1,81 @@
+"""MARché: cache-aware attention and selective KV refresh (arXiv 2506.12035).
+
+Public: active tokens are those generated now and before plus, up to 64, the cached ones to which the
+new ones pay most attention at the 2nd layer; every 3rd iteration recomputes everything. Ours, since
+it is not public: the encoder is cached as well, with an active set half as large (its forced tokens
+are half as many); buffer tokens are candidates like any other; each guidance half has a cache and an
+active set of its own.
+"""
+
+from __future__ import annotations
+
+from absl import logging
+
+from marche_jax.plan import Draft, Refresh, Step
+
+ACTIVE_SHARE = 0.2
+"""Of all positions: 64 of 256 tokens and 64 buffer tokens."""
+
+
+def marche(draft: Draft) -> None:
+  """Full iterations at intervals, or at `refresh_iterations`; the others selective."""
+  sample, steps = draft.sample, draft.steps
+  full = set(sample.refresh_iterations) | {0}
+  if sample.refresh_iterations:
+    if max(full) >= len(steps):
+      raise ValueError(
+        f"sample.refresh_iterations: found {max(full)}, expected iterations 0 to {len(steps) - 1}"
+      )
+  else:
+    full = set(range(0, len(steps), sample.refresh_interval))
+  selective = [k for k in range(len(steps)) if k not in full]
+  _check_layer(draft)
+  decoder = _sizes(
+    draft, "active_size", draft.positions(), selective, lambda s: s.num_previous + s.num_predict
+  )
+  encoder = _sizes(
+    draft, "encoder_active_size", draft.positions(), selective, lambda s: s.num_previous
+  )
+  for k in selective:
+    step = steps[k]
+    step.decoder = Refresh(decoder[k], sample.selection, layer=sample.select_layer)
+    step.encoder = Refresh(encoder[k], sample.selection, layer=sample.select_layer)
+    if sample.condition_cache and draft.guided:
+      step.halves = 1
+
+
+def _check_layer(draft: Draft) -> None:
+  """Raises ValueError where a stack has no layer to select at."""
+  depth = min(draft.config.encoder_depth, draft.config.decoder_depth)
+  # The last layer of the decoder runs for the tokens to predict alone: a scout pass may end there,
+  # but no attention of all tokens is to be had.
+  last = depth if draft.sample.selection == "scout" else min(depth, draft.config.decoder_depth - 1)
+  if not draft.sample.select_layer <= last:
+    raise ValueError(
+      f"sample.select_layer={draft.sample.select_layer}: expected 1 to {last} with selection "
+      f"{draft.sample.selection} in stacks of {draft.config.encoder_depth} and "
+      f"{draft.config.decoder_depth} layers"
+    )
+
+
+def _sizes(draft: Draft, field: str, positions: int, selective: list[int], forced) -> dict[int, int]:
+  """The active size of every selective iteration.
+
+  A size that was given must hold the forced tokens of every iteration; the default is raised.
+  """
+  given = getattr(draft.sample, field)
+  if given > positions:
+    logging.warning("sample.%s=%d: clipped to all %d positions", field, given, positions)
+  share = ACTIVE_SHARE if field == "active_size" else ACTIVE_SHARE / 2
+  size = min(given, positions) if given else max(1, round(share * positions))
+  sizes = {}
+  for k in selective:
+    need = forced(draft.steps[k])
+    if given and need > given:
+      most = max(forced(draft.steps[i]) for i in selective)
+      raise ValueError(
+        f"sample.{field}={given}: iteration {k} forces {need} tokens; the smallest size that works "
+        f"is {most} (0 chooses one)"
+      )
+    sizes[k] = max(size, need)
+  return sizes
