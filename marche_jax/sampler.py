@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -106,6 +106,15 @@ class Trace:
   z: Any  # float32 [H, B, S, D]; H = 1 or 2, the conditional half first
   sampled: Any  # float32 [B, S, C]
   activity: Any  # int32 [2, B, N] by rank: what a token was to encoder and decoder (cond. half)
+  scores: Any  # float32 [2, B, N] by rank: what chose the refresh (cond. half); 0: nothing did
+
+
+class Recomputed(NamedTuple):
+  """Which tokens a stack recomputed, and why."""
+
+  index: Any  # int32 [X, A]: positions by rank; None: all
+  active: Any  # bool [A]: the slot holds a token; None: all
+  scores: Any  # float32 [X, M]: what chose them; None: nothing did
 
 
 def image_keys(key: jax.Array, image_ids: jax.Array) -> jax.Array:
@@ -229,7 +238,7 @@ def run_encoder(
   row: Rows,
   state: DecodeState,
   embedding: jax.Array,
-) -> tuple[DecodeState, jax.Array, tuple[Any, Any]]:
+) -> tuple[DecodeState, jax.Array, Recomputed]:
   """Steps 1 and 2a: known tokens through the encoder to the decoder's input.
 
   Args:
@@ -241,7 +250,7 @@ def run_encoder(
 
   Returns:
     The state, with the encoder's cache; the decoder's input of all positions [X, N, Dd]; and which
-    tokens were recomputed, (index [X, A], active [A]), (None, None) for all.
+    tokens were recomputed.
   """
   batch, sequences = state.tokens.shape[0], embedding.shape[0]
   slots, buffer = shape.slots, config.buffer_size
@@ -282,7 +291,7 @@ def run_encoder(
     stored = x[: len(stored)] if sequences >= len(stored) else stored.at[:sequences].set(x)
   scores = None if state.scores is None else (run.scores, state.scores[1])
   state = dataclasses.replace(state, encoder=run.cache, decoder_input=stored, scores=scores)
-  return state, x, (run.index, run.active)
+  return state, x, Recomputed(run.index, run.active, run.selected_by)
 
 
 def run_decoder(
@@ -294,7 +303,7 @@ def run_decoder(
   state: DecodeState,
   x: jax.Array,
   asked: int,
-) -> tuple[DecodeState, jax.Array, tuple[Any, Any]]:
+) -> tuple[DecodeState, jax.Array, Recomputed]:
   """Step 2b: the decoder's input of all positions [X, N, Dd] -> its output before the final norm.
 
   In the last layer only the tokens asked for need queries and the feed-forward.
@@ -337,7 +346,8 @@ def run_decoder(
   x = apply(x, apply(x, method="queries"), k, v, None, method="attend")
   x = apply(x, method="feed_forward")
   scores = None if state.scores is None else (state.scores[0], run.scores)
-  return dataclasses.replace(state, decoder=cache, scores=scores), x, (run.index, run.active)
+  state = dataclasses.replace(state, decoder=cache, scores=scores)
+  return state, x, Recomputed(run.index, run.active, run.selected_by)
 
 
 def apply_difference(
@@ -466,26 +476,25 @@ def _step(
   tokens = state.tokens.at[images, places].set(written, mode="drop")
 
   scatter = lambda to, x: to.at[images, places].set(x, mode="drop")  # noqa: E731
+  seen = (config.buffer_size + row.num_known, config.buffer_size + seq_len)
+  stacks = list(zip((encoded, decoded), seen))
   trace = Trace(
     z=jax.vmap(lambda x: scatter(jnp.zeros((batch, seq_len, x.shape[-1])), x))(z),
     sampled=scatter(jnp.zeros_like(state.tokens), sampled),
-    activity=jnp.stack(
-      [
-        _activity(config, row, batch, *encoded, seen=config.buffer_size + row.num_known),
-        _activity(config, row, batch, *decoded, seen=config.buffer_size + seq_len),
-      ]
-    ),
+    activity=jnp.stack([_activity(config, row, batch, *stack) for stack in stacks]),
+    scores=jnp.stack([_scores(config, batch, *stack) for stack in stacks]),
   )
   return dataclasses.replace(state, tokens=tokens), trace
 
 
 def _activity(
-  config: ModelConfig, row: Rows, batch: int, index: Any, active: Any, seen: Any
+  config: ModelConfig, row: Rows, batch: int, which: Recomputed, seen: Any
 ) -> jax.Array:
   """What every token was to a stack, int32 [B, N] by rank."""
   positions = config.buffer_size + config.seq_len
   rank = jnp.arange(positions)
   shape = (batch, positions)
+  index, active, _ = which
   if index is None:
     found = jnp.full(shape, REFRESHED)
   else:
@@ -500,12 +509,23 @@ def _activity(
   return jnp.where(rank < seen, found, UNSEEN)
 
 
+def _scores(config: ModelConfig, batch: int, recomputed: Recomputed, seen: Any) -> jax.Array:
+  """What chose the refresh in a stack, float32 [B, N] by rank; zero where nothing did."""
+  positions = config.buffer_size + config.seq_len
+  if recomputed.scores is None:
+    return jnp.zeros((batch, positions))
+  found = recomputed.scores[:batch]
+  found = jnp.pad(found, ((0, 0), (0, positions - found.shape[1])))
+  return jnp.where(jnp.arange(positions) < seen, found, 0.0)
+
+
 def _empty_trace(config: ModelConfig, shapes: tuple[StepShape, ...], batch: int) -> Trace:
   halves = 2 if shapes[0].guided else 1
   return Trace(
     z=jnp.zeros((halves, batch, config.seq_len, config.decoder_embed_dim)),
     sampled=jnp.zeros((batch, config.seq_len, config.token_dim)),
     activity=jnp.zeros((2, batch, config.buffer_size + config.seq_len), jnp.int32),
+    scores=jnp.zeros((2, batch, config.buffer_size + config.seq_len)),
   )
 
 

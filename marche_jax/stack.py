@@ -56,6 +56,7 @@ class StackRun:
   active: Any  # bool [A]: the slot holds an active token; None: all
   cache: KVCache | None
   scores: Any  # float32 [X, N] to carry; None where nothing is carried
+  selected_by: Any = None  # float32 [X, M]: the scores that chose the active tokens; None: none
 
 
 def run_layers(params: Params, first: int, last: int, layer: Callable, carry: Any) -> Any:
@@ -129,7 +130,6 @@ def attention_scores(
     float32 [X, Nk].
   """
   weights = attention_weights(q, k, heads, None if keys is None else keys[None])
-  weights = attention_weights(q, k, heads, None if keys is None else keys[None])
   return (weights.mean(axis=1) * queries[:, None]).sum(axis=1)
 
 
@@ -202,7 +202,7 @@ def run_stack(
   """
   sequences, seen = x.shape[:2]
   keys = None if span.valid is None else span.valid[None]
-  index = active = None
+  index = active = found = None
   selective, lower = shape.active is not None, shape.source == "lower"
   if selective and not lower:
     assert cache is not None
@@ -212,8 +212,9 @@ def run_stack(
       assert scores is not None
       found = scores[:sequences, :seen]
     else:
-      found = jnp.zeros((sequences, seen))
-    index, active = choose(shape, span, found, buffer)
+      found = None
+    priority = jnp.zeros((sequences, seen)) if found is None else found
+    index, active = choose(shape, span, priority, buffer)
     x = take(x, index)
 
   def attend(
@@ -239,7 +240,7 @@ def run_stack(
   at = shape.layer - 1  # the layer where attention is looked at
   if not (shape.record or (selective and lower)):
     x, cache = run_layers(params, 0, depth, layer, (x, cache))
-    return StackRun(x, index, active, cache, scores)
+    return StackRun(x, index, active, cache, scores, found)
 
   x, cache = run_layers(params, 0, at, layer, (x, cache))
   one = jax.tree.map(lambda p: p[at], params)
@@ -269,4 +270,4 @@ def run_stack(
     x = take(x, index)
   x = block.apply({"params": one}, x, method="feed_forward")
   x, cache = run_layers(params, at + 1, depth, layer, (x, cache))
-  return StackRun(x, index, active, cache, scores)
+  return StackRun(x, index, active, cache, scores, found)
