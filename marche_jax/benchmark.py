@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -24,19 +25,25 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from marche_jax import checkpoint, generation, profiling, sampler
+from marche_jax import checkpoint, comparison, generation, plots, profiling, sampler, tables
 from marche_jax import flags as flags_lib
+from marche_jax import sample as sample_lib
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.images import atomic_write
+from marche_jax.embedded import CONFIG
+from marche_jax.entries import parse_entries
+from marche_jax.images import atomic_write, write_png
 from marche_jax.models.mar import Params, abstract_params, inference_params
 from marche_jax.policies import make_plan
+from marche_jax.sources import IdxSource
 
 
 def define_flags() -> None:
   """Defines the command's flags: when it runs, not when its functions are imported."""
   flags.DEFINE_string("checkpoint", None, "Checkpoint directory to take weights from.")
   flags.DEFINE_bool("random_weights", False, "Measure without a checkpoint.")
-  flags.DEFINE_integer("batch_size", 1, "Images decoded together.")
+  flags.DEFINE_integer(
+    "batch_size", None, "Images decoded together; default: 1, with --quality 250."
+  )
   flags.DEFINE_integer("repeats", 3, "Timed runs, after one that warms up.")
   flags.DEFINE_string("out", "benchmark.json", "File for the report.")
   flags.DEFINE_enum(
@@ -45,7 +52,16 @@ def define_flags() -> None:
   flags.DEFINE_enum(
     "head_dtype", None, ["float32", "bfloat16"], "Of the head's matrix operands; default: --dtype."
   )
-  flags_lib.define_config()
+  flags.DEFINE_list(
+    "policies", ["full", "marche", "recap", "lazymar", "disa", "gtr", "turbo"],
+    "Policies to compare, each with fields of its own: full,marche:refresh_interval=9.",
+  )  # fmt: skip
+  flags.DEFINE_bool("quality", False, "Compare the policies' images too, on the embedded model.")
+  flags.DEFINE_integer("num_images", 5000, "--quality: images per policy.")
+  flags.DEFINE_integer("seed", 0, "--quality: image i depends on (seed, i, label) alone.")
+  flags.DEFINE_string("quality_out", "quality", "--quality: directory of images and report.")
+  flags.DEFINE_string("data", None, "--quality: IDX files of real test images, judged as well.")
+  flags_lib.define_config(str(CONFIG))
   flags_lib.define_compilation_cache()
 
 
@@ -222,8 +238,40 @@ def table(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
+def quality_main() -> None:
+  """`--quality`: draws and judges the same images under several policies."""
+  model, sample = sample_lib.load(flags.FLAGS.checkpoint, flags.FLAGS["config"])
+  entries = parse_entries(flags.FLAGS.policies, model.config, sample)
+  settings = comparison.Settings(
+    flags.FLAGS.num_images, flags.FLAGS.batch_size or 250, flags.FLAGS.seed,
+    jnp.dtype(flags.FLAGS.dtype),
+  )  # fmt: skip
+  real = None
+  if flags.FLAGS.data is not None:
+    source = IdxSource(pathlib.Path(flags.FLAGS.data), "t10k", model.config)
+    real = source.images[: settings.num_images], source.labels[: settings.num_images]
+  out = pathlib.Path(flags.FLAGS.quality_out)
+  compile_seconds = comparison.draw(model, entries, settings, out)
+  print("judging ...", file=sys.stderr, flush=True)
+  report = comparison.report(model, entries, settings, out, compile_seconds, real)
+  with atomic_write(out / "quality.json") as aside:
+    aside.write_text(json.dumps(report, indent=2) + "\n")
+  size = model.config.img_size
+  images = comparison.example_images(model, entries, settings, out, max(8, min(20, 1600 // size)))
+  scale = max(1, 56 // size)
+  write_png(out / "images.png", plots.compare_images(images, scale))
+  print(tables.quality_table(report))
+  try:
+    plots.plot_plane(out / "quality.png", report)
+  except (ImportError, ValueError) as error:  # the table and the images are worth having without
+    print(f"no {out / 'quality.png'}: {error}", file=sys.stderr)
+
+
 def main() -> None:
   flags_lib.enable_compilation_cache()
+  if flags.FLAGS.quality:
+    quality_main()
+    return
   config = flags_lib.parsed_config()
   if flags.FLAGS.random_weights == (flags.FLAGS.checkpoint is not None):
     raise ValueError("expected one of --checkpoint=DIR and --random_weights")
@@ -238,7 +286,7 @@ def main() -> None:
     config.model,
     params,
     config.sample,
-    batch_size=flags.FLAGS.batch_size,
+    batch_size=flags.FLAGS.batch_size or 1,
     repeats=flags.FLAGS.repeats,
     dtype=jnp.dtype(flags.FLAGS.dtype),
     head_dtype=jnp.dtype(flags.FLAGS.head_dtype or flags.FLAGS.dtype),
