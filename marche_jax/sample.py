@@ -28,14 +28,18 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from marche_jax import checkpoint, generation, profiling, sampler
+from marche_jax import calibration, checkpoint, generation, profiling, sampler
 from marche_jax import flags as flags_lib
 from marche_jax.checkpoint import Model
-from marche_jax.config import SampleConfig
+from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.embedded import CHECKPOINT, CONFIG
 from marche_jax.images import atomic_write, check_writable, grid, write_png
 from marche_jax.models.mar import inference_params, unpatchify
 from marche_jax.policies import make_plan
+
+
+CALIBRATION_IMAGES = 8
+"""Images that --calibrate measures on."""
 
 
 def define_flags() -> None:
@@ -50,7 +54,12 @@ def define_flags() -> None:
     "labels", None, "Classes, repeated in turn; default: all of them, equally often, in order."
   )
   flags.DEFINE_integer("seed", 0, "Image i depends on (seed, i, label) alone.")
-  flags.DEFINE_string("policy", None, "Short for --config.sample.policy.")
+  flags.DEFINE_string(
+    "policy", None, "Short for --config.sample.policy; or FILE.json, a plan of --calibrate."
+  )
+  flags.DEFINE_string(
+    "calibrate", None, "Measure on 8 images where the cache drifts, write a plan to FILE.json, stop."
+  )
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
   )
@@ -256,7 +265,10 @@ def main() -> None:
   flags_lib.enable_compilation_cache()
   model, sample_config = load(flags.FLAGS.checkpoint, flags.FLAGS["config"])
   if flags.FLAGS.policy is not None:
-    sample_config = dataclasses.replace(sample_config, policy=flags.FLAGS.policy)
+    sample_config = with_policy(flags.FLAGS.policy, model.config, sample_config)
+  if flags.FLAGS.calibrate is not None:
+    write_calibrated(flags.FLAGS.calibrate, model, sample_config)
+    return
   if flags.FLAGS.print_plan:
     baseline = make_plan(model.config, dataclasses.replace(sample_config, policy="full"))
     print(make_plan(model.config, sample_config).table(baseline))
@@ -282,6 +294,28 @@ def main() -> None:
   print(f"{num_images} images in {flags.FLAGS.out}: {seconds}")
   if split := report.get("split_seconds"):
     print(", ".join(f"{name} {value:.3f} s" for name, value in split.items()) + " per image")
+
+
+def with_policy(policy: str, config: ModelConfig, sample_config: SampleConfig) -> SampleConfig:
+  """`sample_config` under a policy, by its name or the file of a calibrated plan."""
+  if policy.endswith(".json"):
+    return calibration.load_plan(pathlib.Path(policy), config, sample_config)
+  return dataclasses.replace(sample_config, policy=policy)
+
+
+def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> None:
+  """Measures the drift on `CALIBRATION_IMAGES` images and writes a plan file."""
+  if not path.endswith(".json"):
+    raise ValueError(f"--calibrate={path}: expected a file name that ends in .json")
+  check_writable(pathlib.Path(path).absolute().parent)
+  if sample_config.policy == "full":
+    sample_config = dataclasses.replace(sample_config, policy="marche")
+  labels = choose_labels(None, CALIBRATION_IMAGES, model.config.class_num)
+  key = jax.random.key(flags.FLAGS.seed, impl="threefry2x32")
+  chosen, drift = calibration.calibrate(model, sample_config, labels, key)
+  calibration.save_plan(pathlib.Path(path), model.config, chosen, drift)
+  refreshes = ", ".join(map(str, chosen.refresh_iterations))
+  print(f"full refreshes at iterations {refreshes}: {path}")
 
 
 def parse_labels(values: list[str]) -> list[int]:

@@ -1,0 +1,181 @@
+"""Adaptive refresh: a plan whose full refreshes stand where the cached keys and values drift.
+
+A decision taken inside the loop would be one for the whole batch, and images would depend on their
+neighbours; so the drift is measured beforehand on a few images, and the plan is fixed. `full`
+decoding runs with its caches filled, and a random projection of all keys and values (which keeps
+distances, Johnson and Lindenstrauss) is kept of every iteration. The drift from iteration r to k is
+the relative squared change of what a selective iteration k would read of a cache filled in r. Of all
+schedules with a number of refreshes, the one with the least total drift is found by dynamic
+programming.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marche_jax import sampler
+from marche_jax.cache import KVCache
+from marche_jax.checkpoint import Model
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.generation import Decoder, check_labels
+from marche_jax.images import atomic_write
+from marche_jax.plan import DecodePlan
+from marche_jax.policies import make_plan, parse_policy
+
+SKETCH = 16
+"""Random directions that keys, and as many that values, of a layer are projected on."""
+
+FORMAT = "marche_jax refresh plan, version 1"
+
+
+def calibrate(
+  model: Model, sample: SampleConfig, labels: Any, key: jax.Array, dtype: Any = jnp.float32
+) -> tuple[SampleConfig, np.ndarray]:
+  """Chooses the iterations that `sample`, with a policy of marche, refreshes in full.
+
+  Args:
+    model: whose images are decoded.
+    sample: how; its refresh_interval says at which cost.
+    labels: int [B], of the images to measure on.
+    key: of the run.
+    dtype: of the transformer's activations.
+
+  Returns:
+    `sample` with its refresh_iterations, which cost at most what every refresh_interval-th did; and
+    the drift float64 [R, R]: entry r, k >= r is that of iteration k from a refresh in r.
+
+  Raises:
+    ValueError: where the policy has no marche in it.
+  """
+  if "marche" not in parse_policy(sample.policy):
+    raise ValueError(f"sample.policy={sample.policy!r}: expected marche in what is to be calibrated")
+  labels = check_labels(labels, model.config)
+  sample = dataclasses.replace(sample, refresh_iterations=())
+  drift = measure_drift(model, sample, labels, key, dtype)
+  budget = make_plan(model.config, sample).flops(padded=False).total
+  for count in range(-(-len(drift) // sample.refresh_interval), 0, -1):
+    chosen = dataclasses.replace(sample, refresh_iterations=choose_refreshes(drift, count))
+    if make_plan(model.config, chosen).flops(padded=False).total <= budget:
+      return chosen, drift
+  raise AssertionError("one refresh costs no more than any number of them")
+
+
+def measure_drift(
+  model: Model, sample: SampleConfig, labels: np.ndarray, key: jax.Array, dtype: Any
+) -> np.ndarray:
+  """The drift [R, R] of `calibrate`, over the iterations of `sample`."""
+  selective = make_plan(model.config, sample)  # it has the caches
+  full = make_plan(
+    model.config, dataclasses.replace(sample, refresh_interval=1, condition_cache=False)
+  )
+  keys = sampler.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
+  state = Decoder(selective, dtype=dtype).start(keys)
+  rows, tables = sampler.plan_rows(full)
+  inputs = sampler.Inputs(labels, keys)
+  sketches = []
+  for _, row in sampler.chunks(rows, 1):
+    state, _, _ = sampler.jitted_decode(
+      model.params, state, row, tables, inputs, config=model.config, shapes=full.shapes, dtype=dtype
+    )
+    sketches.append([np.asarray(_sketch(c)) for c in (state.encoder, state.decoder)])
+  return drift_of_sketches(sketches, full)
+
+
+@jax.jit
+def _sketch(cache: KVCache) -> jax.Array:
+  """Random projections of keys and values, float32 [L, X, N, 2 * SKETCH]."""
+  directions = jax.random.normal(jax.random.key(0), (cache.k.shape[-1], SKETCH))
+  project = lambda x: jnp.einsum("lxnw,wd->lxnd", x.astype(jnp.float32), directions)  # noqa: E731
+  return jnp.concatenate([project(cache.k), project(cache.v)], axis=-1)
+
+
+def drift_of_sketches(sketches: list[list[np.ndarray]], plan: DecodePlan) -> np.ndarray:
+  """Drift [R, R] from sketches [R][stack], each [L, X, N, d] by rank.
+
+  The mean over stacks and layers of |change|^2 / |value|^2, over the tokens that were known at r or
+  are still masked after k: the others are forced in between.
+  """
+  count, buffer = len(plan.rows), plan.config.buffer_size
+  drift = np.zeros((count, count))
+  for k, row in enumerate(plan.rows):
+    later = buffer + row.num_known + row.num_predict
+    for r in range(k):
+      known = buffer + plan.rows[r].num_known
+      parts = []
+      for stack, end in ((0, 0), (1, None)):
+        new, old = sketches[k][stack], sketches[r][stack]
+        kept = [slice(0, known)] + ([slice(later, None)] if end is None else [])
+        change = sum(np.square(new[:, :, s] - old[:, :, s]).sum(axis=(1, 2, 3)) for s in kept)
+        size = sum(np.square(new[:, :, s]).sum(axis=(1, 2, 3)) for s in kept)
+        parts.append(np.mean(change / size))
+      drift[r, k] = np.mean(parts)
+  return drift
+
+
+def choose_refreshes(drift: np.ndarray, count: int) -> tuple[int, ...]:
+  """The `count` iterations, the first among them, whose refreshes leave the least total drift.
+
+  The total is the sum over all iterations of the drift since the refresh before.
+  """
+  n = len(drift)
+  cost = np.full((n, n + 1), np.inf)  # cost[r, j]: iterations r to j - 1 after a refresh in r
+  for r in range(n):
+    cost[r, r + 1 :] = np.cumsum(drift[r, r:])
+  best = cost[0].copy()  # of one refresh, by the end of what it covers
+  back: list[np.ndarray] = []
+  for _ in range(1, count):
+    options = best[:n, None] + cost
+    back.append(options.argmin(axis=0))
+    best = options.min(axis=0)
+  chosen, end = [], n
+  for step in reversed(back):
+    end = int(step[end])
+    chosen.append(end)
+  return (0, *reversed(chosen))
+
+
+def save_plan(path: pathlib.Path, config: ModelConfig, sample: SampleConfig, drift: np.ndarray) -> None:
+  """Writes a plan file: what `load_plan` reads, and the drift since each refresh to look at."""
+  refreshes = sample.refresh_iterations
+  since = [max(r for r in refreshes if r <= k) for k in range(len(drift))]
+  content = {
+    "format": FORMAT,
+    "policy": sample.policy,
+    "refresh_iterations": list(refreshes),
+    "num_iter": sample.num_iter,
+    "seq_len": config.seq_len,
+    "drift": [float(drift[r, k]) for k, r in enumerate(since)],
+  }
+  with atomic_write(path) as aside:
+    aside.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load_plan(path: pathlib.Path, config: ModelConfig, sample: SampleConfig) -> SampleConfig:
+  """`sample` with the policy and the refreshes of a plan file.
+
+  Raises:
+    ValueError: where the file is none, or was made for another number of iterations or tokens.
+    OSError: where it cannot be read.
+  """
+  try:
+    content = json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise ValueError(f"{path}: expected a plan file of --calibrate: {error}") from error
+  if not isinstance(content, dict) or content.get("format") != FORMAT:
+    raise ValueError(f"{path}: expected a plan file of --calibrate ({FORMAT!r})")
+  fields = {"policy", "refresh_iterations", "num_iter", "seq_len"}
+  if missing := fields - content.keys():
+    raise ValueError(f"{path}: missing field {min(missing)}")
+  for field, found in (("num_iter", sample.num_iter), ("seq_len", config.seq_len)):
+    if content[field] != found:
+      raise ValueError(f"{path}: made for {field}={content[field]!r}, expected {found}")
+  return dataclasses.replace(
+    sample, policy=content["policy"], refresh_iterations=content["refresh_iterations"]
+  )
