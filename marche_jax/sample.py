@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from marche_jax import calibration, checkpoint, generation, profiling, sampler
+from marche_jax import calibration, checkpoint, generation, profiling, sampler, trace
 from marche_jax import flags as flags_lib
 from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig, SampleConfig
@@ -68,6 +68,13 @@ def define_flags() -> None:
     "profile", False, "Also measure transformer and head apart (compiles and runs them once more)."
   )
   flags.DEFINE_bool("print_plan", False, "Print the plan and stop.")
+  flags.DEFINE_string(
+    "trace", None, "Directory for pictures of what decoding did; decodes some images once more."
+  )
+  flags.DEFINE_list("trace_images", None, "Numbers of these images; default: the first three.")
+  flags.DEFINE_integer(
+    "trace_every", None, "Every n-th iteration in a file; default: 12 of them. The GIF has all."
+  )
   flags_lib.define_config(str(CONFIG))
   flags_lib.define_compilation_cache()
 
@@ -279,10 +286,12 @@ def main() -> None:
     num_images = len(given) if given else 100
   if num_images < 1:
     raise ValueError(f"num_images={num_images}: expected at least 1")
+  labels = choose_labels(given, num_images, model.config.class_num)
+  traced = _traced_images(num_images)
   report = run(
     model,
     sample_config,
-    choose_labels(given, num_images, model.config.class_num),
+    labels,
     out=pathlib.Path(flags.FLAGS.out),
     batch_size=flags.FLAGS.batch_size,
     seed=flags.FLAGS.seed,
@@ -294,6 +303,32 @@ def main() -> None:
   print(f"{num_images} images in {flags.FLAGS.out}: {seconds}")
   if split := report.get("split_seconds"):
     print(", ".join(f"{name} {value:.3f} s" for name, value in split.items()) + " per image")
+  if traced:
+    trace.run(
+      model,
+      sample_config,
+      labels,
+      traced,
+      out=pathlib.Path(flags.FLAGS.trace),
+      batch_size=flags.FLAGS.batch_size,
+      seed=flags.FLAGS.seed,
+      dtype=jnp.dtype(flags.FLAGS.dtype),
+      every=flags.FLAGS.trace_every,
+    )
+    print(f"images {', '.join(map(str, traced))} traced in {flags.FLAGS.trace}")
+
+
+def _traced_images(num_images: int) -> list[int]:
+  """Numbers of the images that `--trace` is about, none without it; ValueError for wrong flags."""
+  if flags.FLAGS.trace is None:
+    for name in ("trace_images", "trace_every"):
+      if flags.FLAGS[name].value is not None:
+        raise ValueError(f"--{name}: expected --trace=DIR with it")
+    return []
+  traced = trace.parse_images(flags.FLAGS.trace_images, num_images)
+  trace.pictured(1, flags.FLAGS.trace_every)
+  check_writable(flags.FLAGS.trace)
+  return traced
 
 
 def with_policy(policy: str, config: ModelConfig, sample_config: SampleConfig) -> SampleConfig:

@@ -1,0 +1,303 @@
+"""`sample --trace`: pictures of what decoding did, iteration by iteration.
+
+An image depends on (seed, number, label) alone, so the chosen ones are decoded once more, in
+batches of their own, by a program that also returns a `sampler.Trace`; the program that draws a
+run's images does not know of it. Every iteration has a picture: the image as it fills in and, for
+decoder and encoder, two maps of the token grid, with the buffer tokens in columns at its left:
+  - what happened to each token: generated now, just generated, refreshed, cached, still masked;
+  - the scores that chose the refresh (of the conditional half), the chosen tokens framed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from marche_jax import frames, generation, sampler
+from marche_jax.checkpoint import Model
+from marche_jax.config import SampleConfig
+from marche_jax.images import atomic_write
+from marche_jax.models.mar import Params, inference_params, unpatchify
+from marche_jax.plan import DecodePlan, StackShape
+from marche_jax.policies import make_plan
+from marche_jax.sampler import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+
+PICTURES = 12
+"""PNG files per image, at most, unless `--trace_every` asks for others."""
+
+CHUNK = 8
+"""Iterations per call of the compiled program."""
+
+SIDE = 448
+"""About as many pixels of the picture as the image is wide."""
+
+FRAME_MS, LAST_FRAME_MS = 170, 3000
+
+STACKS = ("encoder", "decoder")
+NAMES = {
+  NOW: "now",
+  PREVIOUS: "previous",
+  REFRESHED: "refreshed",
+  CACHED: "cached",
+  UNSEEN: "unseen",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recording:
+  """What decoding one image did, in R iterations; N positions by rank, buffer first."""
+
+  image_id: int
+  label: int
+  place: np.ndarray  # int [S]: where in the grid, in raster order, the token of a rank is
+  tokens: np.ndarray  # float32 [R, S, C] after each iteration, zero where unknown
+  activity: np.ndarray  # int32 [R, 2, N]: codes of `sampler.Trace`, of encoder and decoder
+  scores: np.ndarray  # float32 [R, 2, N]
+
+
+def parse_images(values: Sequence[str] | None, num_images: int) -> list[int]:
+  """The image numbers of `--trace_images`; default: the first three.
+
+  Raises:
+    ValueError: for one that is not the number of an image of the run; names it.
+  """
+  if values is None:
+    return list(range(min(3, num_images)))
+  if not values:
+    raise ValueError("trace_images: found an empty list, expected numbers such as 0,1,2")
+  for value in values:
+    if not (value.strip().isdecimal() and int(value) < num_images):
+      raise ValueError(
+        f"trace_images: found {value!r}, expected numbers of images, 0 to {num_images - 1}"
+      )
+  return list(dict.fromkeys(map(int, values)))
+
+
+def pictured(iterations: int, every: int | None = None) -> list[int]:
+  """Iterations that get a PNG file, the first and the last included.
+
+  Without `every` up to `PICTURES`, spread evenly, and not at one interval: a policy's own full
+  iterations may have the same one, and nothing else would be seen.
+
+  Raises:
+    ValueError: for an interval below 1.
+  """
+  if every is None:
+    return np.unique(np.linspace(0, iterations - 1, PICTURES).round().astype(int)).tolist()
+  if every < 1:
+    raise ValueError(f"trace_every={every}: expected at least 1")
+  return sorted({*range(0, iterations, every), iterations - 1})
+
+
+def record(
+  params: Params,
+  plan: DecodePlan,
+  image_ids: Sequence[int],
+  labels: np.ndarray,
+  *,
+  seed: int,
+  dtype: Any = jnp.float32,
+  progress: Callable[[int], Any] | None = None,
+) -> list[Recording]:
+  """Decodes a batch of images and records it.
+
+  Args:
+    params: of the model.
+    plan: of the run.
+    image_ids: numbers of the images [B].
+    labels: their classes, int [B].
+    seed, dtype: of the run.
+    progress: is told how many iterations were just done.
+
+  Raises:
+    NonFiniteLatentsError: names the iteration.
+  """
+  ids = jnp.asarray(image_ids, jnp.uint32)
+  keys = sampler.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
+  state = generation.Decoder(plan, dtype=dtype).start(keys)
+  place = np.asarray(state.order)[:, ::-1]
+  rows, tables = sampler.plan_rows(plan)
+  parts: list[sampler.Trace] = []
+  done = 0
+  for end, chunk in sampler.chunks(rows, min(CHUNK, len(plan.rows))):
+    state, finite, trace = sampler.jitted_decode(
+      params, state, chunk, tables, sampler.Inputs(labels, keys), config=plan.config,
+      shapes=plan.shapes, dtype=dtype, head_dtype=dtype, trace=True,
+    )  # fmt: skip
+    new = end - done
+    if (bad := ~np.asarray(finite)[:new].all(axis=1)).any():
+      raise generation.NonFiniteLatentsError(
+        f"trace: non-finite latents at iteration {done + bad.argmax()} of {len(plan.rows)}"
+      )
+    trace = dataclasses.replace(trace, z=None)  # large, and not shown
+    parts.append(jax.tree.map(lambda x, n=new: np.asarray(x[:n]), trace))
+    if progress is not None:
+      progress(new)
+    done = end
+  trace = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  tokens = trace.sampled.cumsum(axis=0)  # every token is sampled once, and zero otherwise
+  return [
+    Recording(
+      number, int(labels[b]), place[b], tokens[:, b], trace.activity[:, :, b], trace.scores[:, :, b]
+    )
+    for b, number in enumerate(image_ids)
+  ]
+
+
+def counts(plan: DecodePlan, recording: Recording, k: int) -> dict[str, Any]:
+  """What `trace.json` says of an iteration: how many tokens were what, to either stack."""
+  row = plan.rows[k]
+  result: dict[str, Any] = {
+    "iteration": k,
+    "cfg": row.cfg,
+    "diffusion_steps": plan.steps(row),
+    "masked": plan.config.seq_len - row.num_known - row.num_predict,
+  }
+  for stack, activity in zip(STACKS, recording.activity[k]):
+    result[stack] = {word: int((activity == code).sum()) for code, word in NAMES.items()}
+  return result
+
+
+def chosen_by(shape: StackShape) -> str:
+  """How a stack of a step shape chooses what to recompute, in a few words."""
+  if shape.active is None:
+    return "all recomputed, nothing to choose"
+  if shape.source == "none":
+    return "forced tokens only, nothing to choose"
+  what = "attention" if shape.score == "attention" else "change of the values"
+  how = {"scout": "scout pass", "carried": "iteration before", "lower": "all tokens"}
+  return f"{what} at layer {shape.layer} ({how[shape.source]})"
+
+
+def frame(
+  plan: DecodePlan, recording: Recording, k: int, image: np.ndarray, policy: str
+) -> Image.Image:
+  """The picture of an iteration.
+
+  Args:
+    plan: what was run.
+    recording: of the image.
+    k: iteration.
+    image: after it, uint8 [H, W, 1 or 3].
+    policy: its name.
+  """
+  config, row, side = plan.config, plan.rows[k], plan.config.grid_size
+  rank = np.arange(config.buffer_size + config.seq_len) - config.buffer_size
+  masked, now = rank >= row.num_known + row.num_predict, rank >= row.num_known
+  cells = frames.cell_positions(recording.place, config.buffer_size)
+  grid = cells[:, -side:]
+  known = ~masked[grid]
+  scale = max(1, round(SIDE / len(image)))
+  picture = frames.filling_in(image, known, now[grid] & known, scale)
+
+  cell = max(2, (len(picture) - frames.HEADING - frames.MARGIN) // (2 * side))
+  nothing = np.zeros_like(masked)
+  panels, told = [], counts(plan, recording, k)
+  for stack, name in reversed(list(enumerate(STACKS))):
+    shape: StackShape = getattr(plan.shapes[row.shape], name)
+    activity, scores = recording.activity[k, stack], recording.scores[k, stack]
+    number = told[name]
+    seen = len(activity) - number["unseen"]
+    generated = f"{number['now']} now, " if name == "decoder" else ""
+    hatched = masked & (activity != UNSEEN)
+    status = frames.Panel(
+      f"{name}: recomputes {seen - number['cached']} of {seen} tokens",
+      f"{generated}{number['previous']} just generated, {number['refreshed']} refreshed, "
+      f"{number['cached']} cached",
+      frames.token_map(frames.status_colours(activity, masked), cells, hatched, nothing, cell),
+    )
+    compared = scores[frames.candidates(activity)]
+    chooses = shape.active is not None and shape.source != "none" and compared.size > 0
+    choice = frames.Panel(
+      f"{name}: {chosen_by(shape)}",
+      f"from {compared.min():.3g} (light) to {compared.max():.3g} (dark); framed: chosen"
+      if chooses else "",
+      frames.token_map(
+        frames.score_colours(scores, activity), cells, nothing,
+        (activity == REFRESHED) & chooses, cell,
+      ),
+    )  # fmt: skip
+    panels.append([status, choice])
+  return frames.compose(
+    f"Image {recording.image_id}, class {recording.label}: iteration {k} (last: "
+    f"{len(plan.rows) - 1}), policy {policy}",
+    f"guidance {row.cfg:.2f}; {plan.steps(row)} diffusion steps; {told['masked']} of "
+    f"{config.seq_len} tokens still masked; columns at the left of a map: buffer tokens",
+    picture,
+    panels,
+  )
+
+
+def write(out: pathlib.Path, pictures: Sequence[Image.Image], shown: Sequence[int]) -> None:
+  """Writes pictures of iterations: some in `out` as iteration_000.png etc., all in `out`.gif."""
+  out.mkdir(parents=True, exist_ok=True)
+  for old in out.glob("iteration_[0-9][0-9][0-9]*.png"):  # of another run, it may have had others
+    old.unlink()
+  for k in shown:
+    with atomic_write(out / f"iteration_{k:03d}.png") as aside:
+      pictures[k].save(aside)
+  coded = [picture.quantize(256, dither=Image.Dither.NONE) for picture in pictures]
+  duration = [FRAME_MS] * (len(coded) - 1) + [LAST_FRAME_MS]
+  with atomic_write(out.with_suffix(".gif")) as aside:
+    coded[0].save(aside, save_all=True, append_images=coded[1:], duration=duration, loop=0)
+
+
+def run(
+  model: Model,
+  sample_config: SampleConfig,
+  labels: np.ndarray,
+  image_ids: Sequence[int],
+  *,
+  out: pathlib.Path,
+  batch_size: int,
+  seed: int,
+  dtype: Any = jnp.float32,
+  every: int | None = None,
+) -> None:
+  """Decodes some images of a run once more and writes pictures of it, and `trace.json`.
+
+  Args:
+    model, sample_config, seed, dtype: of the run.
+    labels: of all of its images, int [num_images].
+    image_ids: which ones, as `parse_images` gives them.
+    out: directory; exists.
+    batch_size: images at a time, at most.
+    every: see `pictured`.
+  """
+  plan = make_plan(model.config, sample_config)
+  shown = pictured(len(plan.rows), every)
+  params = inference_params(model.params, dtype)
+  size = min(batch_size, len(image_ids))
+  images: list[dict[str, Any]] = []
+  starts = range(0, len(image_ids), size)
+  bar = tqdm(total=len(starts) * len(plan.rows), desc="tracing", unit="iteration")
+  for start in starts:
+    ids = list(image_ids[start : start + size])
+    padded = ids + ids[-1:] * (size - len(ids))  # one program for all batches
+    recordings = record(
+      params, plan, padded, labels[padded], seed=seed, dtype=dtype, progress=bar.update
+    )
+    for recording in recordings[: len(ids)]:
+      latents = unpatchify(jnp.asarray(recording.tokens), model.config)
+      decoded = generation.to_images(model, latents)
+      pictures = [
+        frame(plan, recording, k, decoded[k], sample_config.policy) for k in range(len(plan.rows))
+      ]
+      write(out / f"image_{recording.image_id:05d}", pictures, shown)
+      iterations = [counts(plan, recording, k) for k in range(len(plan.rows))]
+      images.append(
+        {"image": recording.image_id, "label": recording.label, "iterations": iterations}
+      )
+  bar.close()
+  with atomic_write(out / "trace.json") as aside:
+    summary = {"policy": sample_config.policy, "seed": seed, "images": images}
+    aside.write_text(json.dumps(summary, indent=2) + "\n")
