@@ -31,9 +31,7 @@ class KVCache:
   k: jax.Array
   v: jax.Array
 
-  def read(
-    self, layer: jax.Array, sequences: int, positions: int
-  ) -> tuple[jax.Array, jax.Array]:
+  def read(self, layer: jax.Array, sequences: int, positions: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a layer: the first sequences and positions, each [X, n, width]."""
     size = (1, sequences, positions, self.k.shape[-1])
     return tuple(jax.lax.dynamic_slice(x, (layer, 0, 0, 0), size)[0] for x in (self.k, self.v))  # type: ignore[return-value]

@@ -2,10 +2,10 @@
 
 A decision taken inside the loop would be one for the whole batch, and images would depend on their
 neighbours; so the drift is measured beforehand on a few images, and the plan is fixed. `full`
-decoding runs with its caches filled, and a random projection of all keys and values (which keeps
-distances, Johnson and Lindenstrauss) is kept of every iteration. The drift from iteration r to k is
-the relative squared change of what a selective iteration k would read of a cache filled in r. Of all
-schedules with a number of refreshes, the one with the least total drift is found by dynamic
+decoding runs with its caches filled, and of every iteration a random projection of all keys and
+values is kept (which keeps distances, Johnson and Lindenstrauss). The drift from iteration r to k
+is the relative squared change of what a selective iteration k would read of a cache filled in r. Of
+all schedules with a number of refreshes, the one with the least total drift is found by dynamic
 programming.
 """
 
@@ -55,7 +55,9 @@ def calibrate(
     ValueError: where the policy has no marche in it.
   """
   if "marche" not in parse_policy(sample.policy):
-    raise ValueError(f"sample.policy={sample.policy!r}: expected marche in what is to be calibrated")
+    raise ValueError(
+      f"sample.policy={sample.policy!r}: expected marche in what is to be calibrated"
+    )
   labels = check_labels(labels, model.config)
   sample = dataclasses.replace(sample, refresh_iterations=())
   drift = measure_drift(model, sample, labels, key, dtype)
@@ -141,7 +143,9 @@ def choose_refreshes(drift: np.ndarray, count: int) -> tuple[int, ...]:
   return (0, *reversed(chosen))
 
 
-def save_plan(path: pathlib.Path, config: ModelConfig, sample: SampleConfig, drift: np.ndarray) -> None:
+def save_plan(
+  path: pathlib.Path, config: ModelConfig, sample: SampleConfig, drift: np.ndarray
+) -> None:
   """Writes a plan file: what `load_plan` reads, and the drift since each refresh to look at."""
   refreshes = sample.refresh_iterations
   since = [max(r for r in refreshes if r <= k) for k in range(len(drift))]

@@ -31,9 +31,7 @@ class CachedSteps:
     """The schedule of a table of `steps` steps and a head of `depth` blocks."""
     full = sorted({steps - 1, *range(0, steps, INTERVAL)}, reverse=True)
     ends = [*full[1:], -1]
-    recomputed = tuple(
-      i not in full and i > RECOMPUTE_ABOVE * steps for i in range(steps)
-    )
+    recomputed = tuple(i not in full and i > RECOMPUTE_ABOVE * steps for i in range(steps))
     lengths = tuple(start - end - 1 for start, end in zip(full, ends))
     return cls(tuple(full), lengths, recomputed, tuple(sorted({0, depth - 1})))
 

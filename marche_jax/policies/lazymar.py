@@ -32,12 +32,14 @@ def lazymar(draft: Draft) -> None:
   changed most.
   """
   config, steps = draft.config, draft.steps
-  scale = 64 / len(steps)
   layer = min(LAYER, math.ceil(config.decoder_depth / 3))
+  if draft.sample.head_cache and len({step.timesteps for step in steps}) > 1:
+    raise ValueError(
+      f"sample.head_cache=True: expected the same diffusion steps in every iteration, which "
+      f"{draft.sample.policy} does not have"
+    )
   for k, step in enumerate(steps):
     step.head_cached = draft.sample.head_cache
-    if draft.sample.head_cache:
-      step.num_detail = 0
     since = k - FIRST_FULL
     if since <= 0 or since % INTERVAL == 0:
       continue

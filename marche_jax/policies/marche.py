@@ -1,17 +1,17 @@
 """MARché: cache-aware attention and selective KV refresh (arXiv 2506.12035).
 
-Public: active tokens are those generated now and before plus, up to 64, the cached ones to which the
-new ones pay most attention at the 2nd layer; every 3rd iteration recomputes everything. Ours, since
-it is not public: the encoder is cached as well, with an active set half as large (its forced tokens
-are half as many); buffer tokens are candidates like any other; each guidance half has a cache and an
-active set of its own.
+Public: active tokens are those generated now and before and, up to 64, the cached ones to which the
+new ones pay most attention at the 2nd layer; every 3rd iteration recomputes everything. What is not
+public is our choice: the encoder is cached as well, with an active set half as large (its forced
+tokens are half as many); buffer tokens are candidates like any other; each guidance half has a
+cache and an active set of its own.
 """
 
 from __future__ import annotations
 
 from absl import logging
 
-from marche_jax.plan import Draft, Refresh, Step
+from marche_jax.plan import Draft, Refresh
 
 ACTIVE_SHARE = 0.2
 """Of all positions: 64 of 256 tokens and 64 buffer tokens."""
@@ -58,7 +58,9 @@ def _check_layer(draft: Draft) -> None:
     )
 
 
-def _sizes(draft: Draft, field: str, positions: int, selective: list[int], forced) -> dict[int, int]:
+def _sizes(
+  draft: Draft, field: str, positions: int, selective: list[int], forced
+) -> dict[int, int]:
   """The active size of every selective iteration.
 
   A size that was given must hold the forced tokens of every iteration; the default is raised.

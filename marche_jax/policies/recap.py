@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from marche_jax.diffusion import respaced_timesteps
 from marche_jax.plan import Draft, Refresh, guidance_schedule
 
@@ -12,8 +14,8 @@ LOCAL_STEPS = 0.4
 def recap(draft: Draft) -> None:
   """First half full, then full and local iterations in turn.
 
-  A local iteration recomputes the buffer tokens, those just decoded and those about to be, and reads
-  the keys and values of all others from the full one before it.
+  A local iteration recomputes the buffer tokens, those just decoded and those about to be, and
+  reads the keys and values of all others from the full one before it.
   """
   buffer = draft.config.buffer_size
   for k in range(len(draft.steps) // 2 + 1, len(draft.steps), 2):
@@ -23,19 +25,10 @@ def recap(draft: Draft) -> None:
     step.decoder = Refresh(forced + step.num_predict, buffer=True)
     step.timesteps = _fewer(step.timesteps, draft.sample.max_timestep)
     if draft.sample.recap_raster:
-      draft.raster_groups.append(
-        (draft.steps[k - 1].num_known, step.num_known + step.num_predict)
-      )
+      draft.raster_groups.append((draft.steps[k - 1].num_known, step.num_known + step.num_predict))
     if k == len(draft.steps) - 1:  # its guidance counts no token as still masked
       step.mask_len = 0
-      step.cfg = float(guidance_schedule(draft.sample, draft.config.seq_len, step_mask(step))[0])
-
-
-def step_mask(step: object) -> object:
-  """The mask_len of a step as the array that `guidance_schedule` takes."""
-  import numpy as np
-
-  return np.asarray([step.mask_len])  # type: ignore[attr-defined]
+      step.cfg = float(guidance_schedule(draft.sample, draft.config.seq_len, np.zeros(1))[0])
 
 
 def _fewer(timesteps: tuple[int, ...], max_timestep: int) -> tuple[int, ...]:
