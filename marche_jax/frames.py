@@ -25,22 +25,24 @@ COLOURS[CACHED] = 40, 66, 110
 COLOURS[UNSEEN] = 240, 240, 240
 MASKED = np.asarray((200, 200, 200), np.uint8)
 STRIPE = 140, 140, 140
-HEAT = np.asarray([(250, 246, 252), (212, 185, 218), (206, 70, 150), (73, 0, 106)])  # light to dark
+HEAT = np.asarray([(230, 220, 238), (201, 160, 208), (190, 60, 140), (60, 0, 95)])  # light to dark
 INK, FAINT, PAPER = (25, 25, 25), (100, 100, 100), (255, 255, 255)
 
-LEGEND = (
-  ("generated now", COLOURS[NOW], False),
-  ("just generated", COLOURS[PREVIOUS], False),
-  ("refreshed", COLOURS[REFRESHED], False),
-  ("cached", COLOURS[CACHED], False),
-  ("still masked, cached", MASKED, True),
-  ("still masked, refreshed", COLOURS[REFRESHED], True),
-  ("not seen", COLOURS[UNSEEN], False),
+LEGEND = (  # words, colour, hatched, framed
+  ("generated now", COLOURS[NOW], False, False),
+  ("just generated", COLOURS[PREVIOUS], False, False),
+  ("refreshed", COLOURS[REFRESHED], False, False),
+  ("cached", COLOURS[CACHED], False, False),
+  ("still masked, cached", MASKED, True, False),
+  ("still masked, refreshed", COLOURS[REFRESHED], True, False),
+  ("chosen by score", HEAT[2], False, True),
+  ("not seen, or no score", COLOURS[UNSEEN], False, False),
 )
 
-MARGIN, GAP, SWATCH = 16, 32, 18
+MARGIN, GAP, SWATCH = 16, 28, 18
 TITLE, TEXT = 18, 13
-HEADING = 2 * TEXT + 16  # of a panel: two lines
+HEADING = 2 * TEXT + 14  # of a panel: two lines
+COLUMN = 310  # least width of a map's place, enough for its lines: all frames have one size
 
 
 class Panel(NamedTuple):
@@ -61,12 +63,14 @@ def cell_positions(place: np.ndarray, buffer: int) -> np.ndarray:
     buffer: number of buffer tokens.
   """
   side = math.isqrt(len(place))
-  strip = np.full(-(-buffer // side) * side, -1)
-  strip[:buffer] = np.arange(buffer)
+  columns = -(-buffer // side)
+  strip = np.full((columns, side), -1)
+  for column, part in zip(strip, np.array_split(np.arange(buffer), columns)):
+    column[: len(part)] = part
   grid = np.empty(side * side, int)
   grid[place] = buffer + np.arange(len(place))
   empty = np.full((side, 1), -1)
-  return np.concatenate([strip.reshape(-1, side).T, empty, grid.reshape(side, side)], axis=1)
+  return np.concatenate([strip.T, empty, grid.reshape(side, side)], axis=1)
 
 
 def status_colours(activity: np.ndarray, masked: np.ndarray) -> np.ndarray:
@@ -82,12 +86,19 @@ def candidates(activity: np.ndarray) -> np.ndarray:
 
 
 def score_colours(scores: np.ndarray, activity: np.ndarray) -> np.ndarray:
-  """Colours uint8 [N, 3] of the candidates' scores, lowest to highest; others as their activity."""
-  compared = scores[candidates(activity)]
-  low, high = (compared.min(), compared.max()) if compared.size else (0.0, 0.0)
-  level = np.clip((scores - low) / max(high - low, 1e-30), 0, 1) * (len(HEAT) - 1)
-  ramp = np.stack([np.interp(level, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
-  return np.where(candidates(activity)[:, None], ramp, COLOURS[activity]).astype(np.uint8)
+  """Colours uint8 [N, 3] of the candidates' scores, others by their activity.
+
+  Between the lowest and the highest score by the square root, as few scores are high; where all are
+  the same, as if there were none.
+  """
+  compared = candidates(activity)
+  colours = np.where(compared[:, None], COLOURS[UNSEEN], COLOURS[activity])
+  found = scores[compared]
+  if found.size and found.max() > found.min():
+    level = np.sqrt((found - found.min()) / (found.max() - found.min()))
+    steps = np.linspace(0, 1, len(HEAT))
+    colours[compared] = np.stack([np.interp(level, steps, channel) for channel in HEAT.T], axis=-1)
+  return colours
 
 
 def enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
@@ -152,46 +163,72 @@ def token_map(
   return mark(pixels, cell, there & hatched[cells], there & framed[cells], INK, gap=cell > 5)
 
 
-def compose(title: str, detail: str, image: np.ndarray, panels: Sequence[Sequence[Panel]]) -> Any:
+def compose(
+  title: str, detail: str, image: Panel, panels: Sequence[Sequence[Panel]]
+) -> Image.Image:
   """A picture: two lines of title, the image, rows of panels beside it, and the legend below.
+
+  Its size depends on those of the image and the maps alone.
 
   Args:
     title, detail: the two lines.
-    image: uint8 [height, width, 3].
-    panels: as many in every row.
+    image: at the left.
+    panels: maps, as many in every row.
 
   Returns:
-    `PIL.Image.Image`, RGB.
+    RGB.
   """
   large, small = ImageFont.load_default(TITLE), ImageFont.load_default(TEXT)
-  texts = [text for row in panels for panel in row for text in panel[:2]]
-  column = max(*(p.pixels.shape[1] for row in panels for p in row), *map(small.getlength, texts))
-  column = math.ceil(column)
-  line = max(HEADING + row[0].pixels.shape[0] for row in panels)
-  top = 2 * MARGIN + TITLE + TEXT
-  left = MARGIN + image.shape[1] + GAP
-  legend = top + max(HEADING + image.shape[0], len(panels) * (line + MARGIN)) + MARGIN
-  widths = [round(SWATCH + 6 + small.getlength(name) + 22) for name, _, _ in LEGEND]
-  right = left + len(panels[0]) * (column + GAP) - GAP
-  right = max(right, MARGIN + sum(widths), math.ceil(MARGIN + small.getlength(detail))) + MARGIN
+  tall = [max(panel.pixels.shape[0] for panel in row) for row in panels]
+  column = max(COLUMN, *(panel.pixels.shape[1] for row in panels for panel in row))
+  top = MARGIN + TITLE + TEXT + 16
+  left = MARGIN + max(COLUMN, image.pixels.shape[1]) + GAP
+  legend = top + max(HEADING + image.pixels.shape[0], sum(tall) + len(tall) * (HEADING + MARGIN))
+  legend += MARGIN
+  widths = [round(SWATCH + 6 + small.getlength(name) + 18) for name, *_ in LEGEND]
+  right = max(left + len(panels[0]) * (column + GAP) - GAP, MARGIN + sum(widths)) + MARGIN
   canvas = Image.new("RGB", (right, legend + SWATCH + MARGIN), PAPER)
   draw = ImageDraw.Draw(canvas)
 
+  def place(panel: Panel, x: int, y: int) -> None:
+    draw.text((x, y), panel.heading, INK, small)
+    draw.text((x, y + TEXT + 4), panel.detail, FAINT, small)
+    canvas.paste(Image.fromarray(panel.pixels), (x, y + HEADING))
+
   draw.text((MARGIN, MARGIN // 2), title, INK, large)
   draw.text((MARGIN, MARGIN // 2 + TITLE + 8), detail, INK, small)
-  canvas.paste(Image.fromarray(image), (MARGIN, top + HEADING))
-  for i, row in enumerate(panels):
-    for j, panel in enumerate(row):
-      x, y = left + j * (column + GAP), top + i * (line + MARGIN)
-      draw.text((x, y + 6), panel.heading, INK, small)
-      draw.text((x, y + TEXT + 10), panel.detail, FAINT, small)
-      canvas.paste(Image.fromarray(panel.pixels), (x, y + HEADING))
-  x = MARGIN
-  for (name, colour, hatched), width in zip(LEGEND, widths):
+  place(image, MARGIN, top)
+  y = top
+  for row, height in zip(panels, tall):
+    for number, panel in enumerate(row):
+      place(panel, left + number * (column + GAP), y)
+    y += HEADING + height + MARGIN
+  x, one = MARGIN, np.ones((1, 1), bool)
+  for (name, colour, hatched, framed), width in zip(LEGEND, widths):
     swatch = np.broadcast_to(np.asarray(colour, np.uint8), (SWATCH, SWATCH, 3))
-    one = np.ones((1, 1), bool)
-    swatch = mark(swatch, SWATCH, one & hatched, one, FAINT)
+    swatch = mark(swatch, SWATCH, one & hatched, one & framed, INK)
     canvas.paste(Image.fromarray(swatch), (x, legend))
     draw.text((x + SWATCH + 6, legend + 1), name, INK, small)
     x += width
   return canvas
+
+
+def palette(image: np.ndarray) -> Image.Image:
+  """Colours for a GIF of pictures: those of maps and text as they are, the rest for the image.
+
+  Args:
+    image: the finished one, uint8 [H, W, 1 or 3].
+
+  Returns:
+    An image for `PIL.Image.Image.quantize(palette=...)`.
+  """
+  grey = np.linspace(0, 255, 16)[:, None].repeat(3, 1)
+  steps = np.linspace(0, len(HEAT) - 1, 32)
+  heat = np.stack([np.interp(steps, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+  fixed = np.concatenate([COLOURS, [MASKED, STRIPE, INK, FAINT], grey, heat]).astype(np.uint8)
+  colour = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+  free = 256 - len(fixed)
+  own = Image.fromarray(colour).quantize(free, Image.Quantize.MEDIANCUT).getpalette() or []
+  result = Image.new("P", (1, 1))
+  result.putpalette([*fixed.ravel().tolist(), *own[: 3 * free]])
+  return result

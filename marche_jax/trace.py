@@ -219,7 +219,7 @@ def frame(
     chooses = shape.active is not None and shape.source != "none" and compared.size > 0
     choice = frames.Panel(
       f"{name}: {chosen_by(shape)}",
-      f"from {compared.min():.3g} (light) to {compared.max():.3g} (dark); framed: chosen"
+      f"{compared.min():.3g} (light) to {compared.max():.3g} (dark)"
       if chooses else "",
       frames.token_map(
         frames.score_colours(scores, activity), cells, nothing,
@@ -232,20 +232,30 @@ def frame(
     f"{len(plan.rows) - 1}), policy {policy}",
     f"guidance {row.cfg:.2f}; {plan.steps(row)} diffusion steps; {told['masked']} of "
     f"{config.seq_len} tokens still masked; columns at the left of a map: buffer tokens",
-    picture,
+    frames.Panel("the image so far", "framed: generated now", picture),
     panels,
   )
 
 
-def write(out: pathlib.Path, pictures: Sequence[Image.Image], shown: Sequence[int]) -> None:
-  """Writes pictures of iterations: some in `out` as iteration_000.png etc., all in `out`.gif."""
+def write(
+  out: pathlib.Path, pictures: Sequence[Image.Image], shown: Sequence[int], image: np.ndarray
+) -> None:
+  """Writes pictures of iterations: some in `out` as iteration_000.png etc., all in `out`.gif.
+
+  Args:
+    out: directory, without an ending.
+    pictures: of all iterations.
+    shown: those in files of their own.
+    image: the finished one, for the colours of the GIF.
+  """
   out.mkdir(parents=True, exist_ok=True)
   for old in out.glob("iteration_[0-9][0-9][0-9]*.png"):  # of another run, it may have had others
     old.unlink()
   for k in shown:
     with atomic_write(out / f"iteration_{k:03d}.png") as aside:
       pictures[k].save(aside)
-  coded = [picture.quantize(256, dither=Image.Dither.NONE) for picture in pictures]
+  colours = frames.palette(image)
+  coded = [picture.quantize(palette=colours, dither=Image.Dither.NONE) for picture in pictures]
   duration = [FRAME_MS] * (len(coded) - 1) + [LAST_FRAME_MS]
   with atomic_write(out.with_suffix(".gif")) as aside:
     coded[0].save(aside, save_all=True, append_images=coded[1:], duration=duration, loop=0)
@@ -292,7 +302,7 @@ def run(
       pictures = [
         frame(plan, recording, k, decoded[k], sample_config.policy) for k in range(len(plan.rows))
       ]
-      write(out / f"image_{recording.image_id:05d}", pictures, shown)
+      write(out / f"image_{recording.image_id:05d}", pictures, shown, decoded[-1])
       iterations = [counts(plan, recording, k) for k in range(len(plan.rows))]
       images.append(
         {"image": recording.image_id, "label": recording.label, "iterations": iterations}
