@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import re
 import secrets
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from marche_jax import generation, quality, sampler
+from marche_jax import generation, profiling, quality, sampler
 from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig
 from marche_jax.entries import Entry, baseline
@@ -78,12 +77,6 @@ def labels_of(start: int, count: int, config: ModelConfig) -> np.ndarray:
   return (np.arange(start, start + count) % config.class_num).astype(np.int32)
 
 
-def device_name() -> str:
-  device = jax.devices()[0]
-  cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  return f"{device.device_kind} ({device.platform}), {cpus} CPUs"
-
-
 def weights_digest(model: Model) -> str:
   """Names the weights of a model."""
   digest = hashlib.sha256()
@@ -94,6 +87,7 @@ def weights_digest(model: Model) -> str:
 
 def fingerprint(model: Model, weights: str, plan: DecodePlan, settings: Settings) -> str:
   """Names what the images of a policy and their timing depend on, but for the code."""
+  environment = profiling.environment()
   shared = {
     "model": dataclasses.asdict(model.config),
     "vae": None if model.vae_config is None else dataclasses.asdict(model.vae_config),
@@ -101,7 +95,7 @@ def fingerprint(model: Model, weights: str, plan: DecodePlan, settings: Settings
     "seed": settings.seed,
     "batch_size": settings.batch_size,
     "dtype": jnp.dtype(settings.dtype).name,
-    "device": device_name(),
+    "device": [environment["device"], environment["cpus"]],
     "plan": repr((plan.shapes, plan.rows, plan.temperature, plan.raster_groups)),
     "stages": None if plan.stages is None else plan.stages.tolist(),
     "timesteps": [process.timesteps.tolist() for process in plan.processes],
@@ -302,7 +296,7 @@ def report(
     "batch_size": settings.batch_size,
     "seed": settings.seed,
     "dtype": jnp.dtype(settings.dtype).name,
-    "device": device_name(),
+    **profiling.environment(),
     "baseline": base.name,
     "policies": found,
     "real": {} if real is None else {"test images": judge(*real, model.config)},

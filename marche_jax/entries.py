@@ -16,6 +16,9 @@ from marche_jax.policies import make_plan
 
 BASELINE = "full"
 
+ALL = ("full", "marche", "recap", "lazymar", "disa", "gtr", "turbo")
+"""What a comparison takes where nothing else is asked for."""
+
 FIELDS = {
   name: kind for name, kind in typing.get_type_hints(SampleConfig).items() if name != "policy"
 }

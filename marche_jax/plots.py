@@ -89,6 +89,54 @@ def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
   _save(figure, path)
 
 
+PARTS = {"encoder": "#3b6fb6", "decoder": "#88b3dd", "head": "#e8a33d", "other": "#bdbdbd"}
+
+
+def plot_speed(path: pathlib.Path, report: dict[str, Any]) -> None:
+  """A bar per policy: seconds per image of encoder, decoder, head and other, and the speed-up.
+
+  Args:
+    path: PNG file to write.
+    report: of `speed.compare`, with `name`.
+
+  Raises:
+    ImportError: where matplotlib is missing.
+  """
+  matplotlib = require_matplotlib()
+  policies = report["policies"]
+  figure = matplotlib.figure.Figure(figsize=(8, 1.5 + 0.42 * len(policies)), layout="constrained")
+  axes = figure.subplots()
+  _plain(axes)
+  axes.grid(axis="y", visible=False)
+  places = range(len(policies))
+  ends = np.zeros(len(policies))
+  if all(p["split_seconds"] is not None for p in policies.values()):
+    for part, colour in PARTS.items():
+      # What is left of the whole may be slightly negative: nothing to be seen.
+      width = np.array([max(0.0, p["split_seconds"][part]) for p in policies.values()])
+      axes.barh(places, width, 0.66, left=ends, color=colour, edgecolor="white", label=part)
+      ends += width
+    figure.legend(loc="outside upper left", ncols=len(PARTS), frameon=False, labelcolor=INK,
+                  fontsize=9)  # fmt: skip
+  else:
+    ends = np.array([p["seconds_per_image"]["typical"] for p in policies.values()])
+    axes.barh(places, ends, 0.66, color=PARTS["encoder"])
+  for place, end, p in zip(places, ends, policies.values()):
+    text = f"{p['seconds_per_image']['typical']:.3g} s, {p['speedup']:.2f}x"
+    axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=9,
+                  color=INK)  # fmt: skip
+  axes.set_yticks(places, list(policies), color=INK)
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1.2 * ends.max())
+  axes.set_xlabel("seconds per image" + (", estimated" if report["estimated"] else ""), color=MUTED)
+  axes.set_title(
+    f"{report['name']}, batch {report['batch_size']}, {report['dtype']}; speed-up over "
+    f"{report['baseline']}",
+    loc="left", fontsize=11, color=INK,
+  )  # fmt: skip
+  _save(figure, path)
+
+
 def _plain(axes: Any) -> None:
   """No frame; a faint grid behind."""
   for side in ("top", "right", "left", "bottom"):

@@ -1,4 +1,4 @@
-"""Where decoding spends its time: encoder, decoder and head, each measured on its own.
+"""Where decoding spends its time: encoder, decoder and head, each on its own; and on what machine.
 
 Every part of every step shape is compiled apart and timed, and counts as often as the plan has rows
 of that shape.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import importlib.metadata
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from marche_jax import head_sampler, sampler
-from marche_jax.config import ModelConfig
 from marche_jax.models.mar import Params
 from marche_jax.plan import DecodePlan, StepShape
 
@@ -29,6 +30,24 @@ def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
     jax.block_until_ready(run())
     each.append(time.perf_counter() - clock)
   return each[1:]
+
+
+def environment() -> dict[str, Any]:
+  """The device, the CPUs that this process may use, and the versions of what decodes."""
+  device = jax.devices()[0]
+  return {
+    "device": f"{device.device_kind} ({device.platform})",
+    "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "versions": {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")},
+  }
+
+
+def matmul_peak(dtype: Any, tries: int = 5) -> float:
+  """FLOP/s of a square matrix product, the best of some tries."""
+  size = 2048 if jax.default_backend() == "cpu" else 8192
+  x = jnp.full((size, size), 1 / size, dtype)
+  product = jax.jit(jnp.matmul).lower(x, x).compile()
+  return 2 * size**3 / min(seconds(lambda: product(x, x), tries))
 
 
 def split(

@@ -42,7 +42,7 @@ def quality_table(report: dict[str, Any]) -> str:
     rows.append([f"({name})", *_judged(found), *["-"] * 6, ""])
   lines = [
     f"{report['num_images']} images in batches of {report['batch_size']}, seed {report['seed']}, "
-    f"{report['dtype']}; {report['device']}",
+    f"{report['dtype']}; {_machine(report)}",
     "",
     *columns(head, rows),
     "",
@@ -52,6 +52,131 @@ def quality_table(report: dict[str, Any]) -> str:
   if apart:
     lines.append(f"* timed in another run than {report['baseline']}")
   return "\n".join(lines)
+
+
+def _machine(report: dict[str, Any]) -> str:
+  return f"{report['device']}, {report['cpus']} CPUs; jax {report['versions']['jax']}"
+
+
+def speed_table(report: dict[str, Any]) -> str:
+  """The report of `speed.compare`."""
+  policies = report["policies"]
+  how = "median of the runs, their range"
+  if report["estimated"]:
+    how = "estimated from single rows: the least timings, the largest"
+  speed = [
+    [
+      name,
+      f"{p['seconds_per_image']['typical']:.3f}",
+      f"{p['seconds_per_image']['min']:.3f} to {p['seconds_per_image']['max']:.3f}",
+      f"{p['speedup']:.2f}",
+      f"{p['predicted_speedup']:.2f}",
+      f"{p['measured_over_predicted']:.2f}",
+      _or_dash(p["transformer_speedup"], ".2f"),
+      f"{p['fraction_of_peak']['total']:.0%}",
+      *(
+        [f"{p['whole_run_seconds']:.3f}", f"{p['estimate_over_whole_run']:.3f}"]
+        if "whole_run_seconds" in p else []
+      ),
+    ]
+    for name, p in policies.items()
+  ]  # fmt: skip
+  speed_head = ["policy", "s/image", "range", "speed-up", "predicted", "ratio", "transformer",
+                "of peak"]  # fmt: skip
+  if any("whole_run_seconds" in p for p in policies.values()):
+    speed_head += ["whole run", "estimate / whole"]
+  parts = ("encoder", "decoder", "head", "other")
+  split = [
+    [name, *(_or_dash((p["split_seconds"] or {}).get(part), ".3f") for part in parts)]
+    for name, p in policies.items()
+  ]
+  resources = [
+    [
+      name,
+      str(p["iterations"]),
+      f"{p['gflops_per_image']['total']:.1f}",
+      f"{p['gflops_per_image']['without_padding']:.1f}",
+      f"{p['cache_bytes_per_image'] / 2**20:.1f}",
+      f"{p['memory_bytes']['peak'] / 2**30:.3f}",
+      f"{p['memory_bytes']['temporary'] / 2**30:.3f}",
+      str(p["step_shapes"]),
+      f"{p['compile_seconds']:.1f}" + ("c" if p["compiled_from_cache"] else ""),
+      f"{p['lower_seconds']:.1f}",
+    ]
+    for name, p in policies.items()
+  ]
+  lines = [
+    f"{report['name']}, batch {report['batch_size']}, {report['dtype']}, head "
+    f"{report['head_dtype']}; weights {report['weight_bytes'] / 2**30:.3f} GiB; "
+    f"{_machine(report)}; matmul peak {report['matmul_peak_gflops']:.0f} GFLOP/s",
+    "",
+    f"Seconds per image ({how}), speed-up over {report['baseline']}, of FLOPs as predicted, "
+    "measured / predicted, of encoder and decoder alone:",
+    *columns(speed_head, speed),
+    "",
+  ]
+  if any(p["split_seconds"] is not None for p in policies.values()):
+    lines += ["Seconds per image, parts apart:", *columns(["policy", *parts], split), ""]
+  lines += [
+    "GFLOP per image, padded and exact; cache, MiB per image in float32; memory of the batch, GiB; "
+    "seconds (c: from the compilation cache):",
+    *columns(
+      ["policy", "iterations", "GFLOP", "exact", "cache", "peak", "temporary", "step shapes",
+       "compile", "tracing"], resources,
+    ),
+  ]  # fmt: skip
+  return "\n".join(lines)
+
+
+def single_table(report: dict[str, Any]) -> str:
+  """The report of `speed.compare` for one policy, flattened by `speed.single`."""
+  sample, padding = report["sample"], report["padding"]
+  split, flops = report["split_seconds"], report["gflops_per_image"]
+  fraction, seconds = report["fraction_of_peak"], report["seconds_per_image"]
+  temporary, peak = (report["memory_bytes"][k] / 2**30 for k in ("temporary", "peak"))
+  weights = report["weight_bytes"] / 2**30
+  cached = ", from the compilation cache" if report["compiled_from_cache"] else ""
+  lines = [
+    f"device            {_machine(report)}",
+    f"model             {report['name']}, batch {report['batch_size']}, {report['dtype']}, head "
+    f"{report['head_dtype']}",
+    f"decoding          policy {report['policy']}, {sample['num_iter']} iterations, "
+    f"{sample['num_sampling_steps']} diffusion steps, guidance {sample['cfg']}",
+    f"compile           {report['compile_seconds']:.1f} s{cached}, tracing "
+    f"{report['lower_seconds']:.1f} s; {report['step_shapes']} step shapes",
+    f"memory            {temporary:.3f} GiB temporary, {weights:.3f} GiB of weights "
+    f"({temporary / weights:.2f}x); {peak:.3f} GiB in all",
+    f"cache             {report['cache_bytes_per_image'] / 2**20:.1f} MiB per image in float32",
+    f"matmul peak       {report['matmul_peak_gflops']:.0f} GFLOP/s in {report['dtype']}",
+    f"padded / exact    tokens: encoder {padding['encoder']:.2f}, head {padding['head']:.2f}; "
+    f"FLOPs: {flops['total'] / flops['without_padding']:.2f}",
+    "",
+    "per image      seconds   share     GFLOP   of peak",
+  ]
+  if split is not None:
+    for name in ("encoder", "decoder", "head"):
+      share = split[name] / seconds["typical"]
+      lines.append(
+        f"  {name:9s} {split[name]:10.3f} {share:7.0%} {flops[name]:9.1f} {fraction[name]:9.0%}"
+      )
+    lines.append(f"  other     {split['other']:10.3f} {split['other'] / seconds['typical']:7.0%}")
+  how = f"median of {len(report['runs'])}"
+  if report["estimated"]:
+    how = f"estimated from {report['timed_rows']} of {report['iterations']} rows"
+  lines.append(
+    f"  total     {seconds['typical']:10.3f}         {flops['total']:9.1f} {fraction['total']:9.0%}"
+    f"   ({how}; {seconds['min']:.3f} to {seconds['max']:.3f})"
+  )
+  if "whole_run_seconds" in report:
+    lines.append(
+      f"  whole run {report['whole_run_seconds']:10.3f}         estimate / whole run: "
+      f"{report['estimate_over_whole_run']:.3f}"
+    )
+  return "\n".join(lines)
+
+
+def _or_dash(value: float | None, spec: str) -> str:
+  return "-" if value is None else format(value, spec)
 
 
 def _judged(found: dict[str, Any] | None) -> list[str]:

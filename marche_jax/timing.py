@@ -1,0 +1,185 @@
+"""Timing the sampler's own program: whole runs, or single rows that stand for all.
+
+A whole run of a large model takes long, and its iterations resemble each other. An **estimate**
+times one row of every step shape in the sampler's own program, compiled for one row, and weights it
+by the plan. Where rows of a shape differ in their diffusion steps, the one with the fewest and the
+one with the most are timed, and the others interpolated: time is linear in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from marche_jax import generation, sampler
+from marche_jax.models.mar import Params
+from marche_jax.plan import DecodePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How to measure."""
+
+  batch_size: int = 1  # images decoded together
+  repeats: int = 3  # timed runs of every policy, or timings of every row of an estimate
+  dtype: Any = jnp.float32  # as in `sampler.decode`
+  head_dtype: Any = jnp.float32
+  estimate: bool = False  # time single rows, not whole runs
+  check: bool = False  # with an estimate: also time one whole run of every policy
+  split: bool = True  # also time encoder, decoder and head apart
+
+  def __post_init__(self) -> None:
+    for field in ("batch_size", "repeats"):
+      if getattr(self, field) < 1:
+        raise ValueError(f"{field}={getattr(self, field)}: expected at least 1")
+    if self.check and not self.estimate:
+      raise ValueError("check=True: expected an estimate to check")
+
+
+class Program:
+  """The sampler's program of one policy, compiled."""
+
+  def __init__(
+    self, plan: DecodePlan, params: Params, options: Options, one_row: bool = False
+  ) -> None:
+    """Compiles for all rows of the plan in one call, or for one row per call."""
+    self.plan, self.params, self.options = plan, params, options
+    all_rows, self._tables = sampler.plan_rows(plan)
+    self.rows = [rows for _, rows in sampler.chunks(all_rows, 1 if one_row else len(plan.rows))]
+    size = options.batch_size
+    self._keys = sampler.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
+    labels = jnp.arange(size, dtype=jnp.int32) % plan.config.class_num
+    self._inputs = sampler.Inputs(labels, self._keys)
+    self._start = generation.Decoder(plan, dtype=options.dtype).start
+
+    clock = time.perf_counter()
+    lowered = sampler.jitted_decode.lower(
+      params, jax.eval_shape(self._start, self._keys), self.rows[0], self._tables, self._inputs,
+      config=plan.config, shapes=plan.shapes, dtype=options.dtype, head_dtype=options.head_dtype,
+    )  # fmt: skip
+    self.lower_seconds = time.perf_counter() - clock
+    clock = time.perf_counter()
+    with _cache_hits() as hits:
+      self._compiled = lowered.compile()
+    self.compile_seconds = time.perf_counter() - clock
+    self.from_cache = bool(hits)
+
+  def memory(self) -> dict[str, int]:
+    """Bytes of a batch: peak = arguments + outputs - aliased (the state is both) + temporary."""
+    found = self._compiled.memory_analysis()
+    assert found is not None
+    sizes = {
+      "arguments": found.argument_size_in_bytes,
+      "outputs": found.output_size_in_bytes,
+      "aliased": found.alias_size_in_bytes,
+      "temporary": found.temp_size_in_bytes,
+    }
+    peak = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"]
+    return sizes | {"peak": peak}
+
+  def start(self) -> sampler.DecodeState:
+    """The state before the first iteration."""
+    return jax.block_until_ready(self._start(self._keys))
+
+  def call(
+    self, state: sampler.DecodeState, rows: sampler.Rows
+  ) -> tuple[float, sampler.DecodeState, np.ndarray]:
+    """Runs rows; (seconds, the state afterwards, whether images are finite after each)."""
+    clock = time.perf_counter()
+    done = self._compiled(self.params, state, rows, self._tables, self._inputs)
+    state, finite, _ = jax.block_until_ready(done)
+    return time.perf_counter() - clock, state, np.asarray(finite)
+
+  def whole_run(self) -> float:
+    """Seconds of decoding a batch, from a fresh state.
+
+    Raises:
+      ValueError: where an iteration gives NaN or infinity.
+    """
+    (rows,) = self.rows
+    seconds, _, finite = self.call(self.start(), rows)
+    bad = np.flatnonzero(~finite.all(axis=1))
+    if bad.size:
+      raise ValueError(f"non-finite latents at iteration {bad[0]} of {len(self.plan.rows)}")
+    return seconds
+
+  def time_rows(self, numbers: Sequence[int]) -> dict[int, float]:
+    """Seconds of single rows, each in a call of its own; of an idle call under the key -1.
+
+    The state is handed from one to the next: what is in it does not matter for the time.
+    """
+    _, state, _ = self.call(self.start(), self.idle_rows())  # warms up
+    found = {}
+    for number in (-1, *numbers):
+      rows = self.idle_rows() if number == -1 else self.rows[number]
+      found[number], state, _ = self.call(state, rows)
+    return found
+
+  def idle_rows(self) -> sampler.Rows:
+    """Rows that run nothing."""
+    idle = jax.tree.map(np.copy, self.rows[0])
+    idle.shape[:] = -1
+    return idle
+
+
+def rows_to_time(plan: DecodePlan) -> dict[int, tuple[int, int]]:
+  """For every step shape, the numbers of its rows with the fewest and the most diffusion steps."""
+  found = {}
+  for shape in range(len(plan.shapes)):
+    numbers = [k for k, row in enumerate(plan.rows) if row.shape == shape]
+    steps = {k: plan.steps(plan.rows[k]) for k in numbers}
+    found[shape] = min(numbers, key=steps.__getitem__), max(numbers, key=steps.__getitem__)
+  return found
+
+
+def estimate_seconds(plan: DecodePlan, measured: dict[int, float]) -> float:
+  """Seconds of a whole run.
+
+  Args:
+    plan: of the run.
+    measured: seconds of the rows that `rows_to_time` names, each in a call of its own, and under -1
+      of a call that runs no row: what every call costs is counted once.
+  """
+  idle, timed = measured[-1], rows_to_time(plan)
+  total = idle
+  for row in plan.rows:
+    few, many = timed[row.shape]
+    fewest, most = plan.steps(plan.rows[few]), plan.steps(plan.rows[many])
+    share = (plan.steps(row) - fewest) / (most - fewest) if most > fewest else 0.0
+    total += measured[few] + share * (measured[many] - measured[few]) - idle
+  return total
+
+
+def interleave(
+  runs: dict[str, Callable[[], Any]], repeats: int, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, list[Any]]:
+  """What every run returned in each round; the runs take turns: A B C A B C."""
+  found: dict[str, list[Any]] = {name: [] for name in runs}
+  for number in range(repeats):
+    for name, run in runs.items():
+      progress(f"round {number + 1} of {repeats}: {name}")
+      found[name].append(run())
+  return found
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+  """Collects an entry for every program that jax takes from its persistent compilation cache."""
+  hits: list[str] = []
+
+  def listen(event: str, **_: Any) -> None:
+    if event == "/jax/compilation_cache/cache_hits":
+      hits.append(event)
+
+  jax.monitoring.register_event_listener(listen)
+  try:
+    yield hits
+  finally:
+    jax.monitoring.unregister_event_listener(listen)
