@@ -115,16 +115,17 @@ def mark(
     canvas: uint8 [rows * cell, columns * cell, 3]; stays as it is.
     cell: pixels of a cell, each way.
     hatched, framed: bool [rows, columns].
-    colour: of the frames.
+    colour: of the frames; inside there is a white one, to be seen on dark cells.
     gap: pixels of white between cells.
   """
   canvas = canvas.copy()
   y, x = np.indices(canvas.shape[:2])
   nearest, farthest = np.minimum(y % cell, x % cell), np.maximum(y % cell, x % cell)
-  width = max(1, cell // 10)
-  border = (nearest < width) | (farthest >= cell - gap - width)
+  width = max(1, cell // 14)
   canvas[enlarge(hatched, cell) & ((x + y) % 7 < 2)] = STRIPE
-  canvas[enlarge(framed, cell) & border] = colour
+  for inset, ink in ((2 * width, PAPER), (width, colour)):
+    border = (nearest < inset) | (farthest >= cell - gap - inset)
+    canvas[enlarge(framed, cell) & border] = ink
   canvas[farthest >= cell - gap] = PAPER
   return canvas
 

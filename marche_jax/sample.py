@@ -315,7 +315,7 @@ def main() -> None:
       dtype=jnp.dtype(flags.FLAGS.dtype),
       every=flags.FLAGS.trace_every,
     )
-    print(f"images {', '.join(map(str, traced))} traced in {flags.FLAGS.trace}")
+    print(f"pictures of decoding images {', '.join(map(str, traced))} in {flags.FLAGS.trace}")
 
 
 def _traced_images(num_images: int) -> list[int]:

@@ -173,9 +173,51 @@ def chosen_by(shape: StackShape) -> str:
     return "all recomputed, nothing to choose"
   if shape.source == "none":
     return "forced tokens only, nothing to choose"
-  what = "attention" if shape.score == "attention" else "change of the values"
+  what = "attention" if shape.score == "attention" else "change of values"
   how = {"scout": "scout pass", "carried": "iteration before", "lower": "all tokens"}
   return f"{what} at layer {shape.layer} ({how[shape.source]})"
+
+
+def scale_of(shape: StackShape, scores: np.ndarray) -> str:
+  """The ends of the colour scale in words."""
+  low, high, what = scores.min(), scores.max(), ""
+  if shape.score == "value":  # minus a cosine
+    low, high, what = low + 1, high + 1, "1 - cosine: "
+  return f"{what}{low:.2g} (light) to {high:.2g} (dark)"
+
+
+def maps(
+  plan: DecodePlan, recording: Recording, k: int, stack: int, cell: int
+) -> list[frames.Panel]:
+  """What iteration k did in a stack (of `STACKS`), and the scores by which it chose."""
+  row, name, buffer = plan.rows[k], STACKS[stack], plan.config.buffer_size
+  shape: StackShape = getattr(plan.shapes[row.shape], name)
+  activity, scores = recording.activity[k, stack], recording.scores[k, stack]
+  cells = frames.cell_positions(recording.place, buffer)
+  masked = np.arange(len(activity)) >= buffer + row.num_known + row.num_predict
+  number = counts(plan, recording, k)[name]
+  seen = len(activity) - number["unseen"]
+  now = f"{number['now']} now, " if name == "decoder" else ""
+  status = frames.Panel(
+    f"{name}: recomputes {seen - number['cached']} of {seen} tokens",
+    f"{now}{number['previous']} just generated, {number['refreshed']} refreshed, "
+    f"{number['cached']} cached",
+    frames.token_map(
+      frames.status_colours(activity, masked), cells, masked & (activity != UNSEEN),
+      np.zeros_like(masked), cell,
+    ),
+  )  # fmt: skip
+  compared = scores[frames.candidates(activity)]
+  chooses = shape.active is not None and shape.source != "none" and compared.size > 0
+  choice = frames.Panel(
+    f"{name}: {chosen_by(shape)}",
+    scale_of(shape, compared) if chooses else "",
+    frames.token_map(
+      frames.score_colours(scores, activity), cells, np.zeros_like(masked),
+      chooses & (activity == REFRESHED), cell,
+    ),
+  )  # fmt: skip
+  return [status, choice]
 
 
 def frame(
@@ -190,50 +232,21 @@ def frame(
     image: after it, uint8 [H, W, 1 or 3].
     policy: its name.
   """
-  config, row, side = plan.config, plan.rows[k], plan.config.grid_size
-  rank = np.arange(config.buffer_size + config.seq_len) - config.buffer_size
-  masked, now = rank >= row.num_known + row.num_predict, rank >= row.num_known
-  cells = frames.cell_positions(recording.place, config.buffer_size)
-  grid = cells[:, -side:]
-  known = ~masked[grid]
-  scale = max(1, round(SIDE / len(image)))
-  picture = frames.filling_in(image, known, now[grid] & known, scale)
-
+  row, side = plan.rows[k], plan.config.grid_size
+  rank = np.empty(side * side, int)
+  rank[recording.place] = np.arange(side * side)
+  rank = rank.reshape(side, side)
+  known = rank < row.num_known + row.num_predict
+  now = known & (rank >= row.num_known)
+  picture = frames.filling_in(image, known, now, max(1, round(SIDE / len(image))))
   cell = max(2, (len(picture) - frames.HEADING - frames.MARGIN) // (2 * side))
-  nothing = np.zeros_like(masked)
-  panels, told = [], counts(plan, recording, k)
-  for stack, name in reversed(list(enumerate(STACKS))):
-    shape: StackShape = getattr(plan.shapes[row.shape], name)
-    activity, scores = recording.activity[k, stack], recording.scores[k, stack]
-    number = told[name]
-    seen = len(activity) - number["unseen"]
-    generated = f"{number['now']} now, " if name == "decoder" else ""
-    hatched = masked & (activity != UNSEEN)
-    status = frames.Panel(
-      f"{name}: recomputes {seen - number['cached']} of {seen} tokens",
-      f"{generated}{number['previous']} just generated, {number['refreshed']} refreshed, "
-      f"{number['cached']} cached",
-      frames.token_map(frames.status_colours(activity, masked), cells, hatched, nothing, cell),
-    )
-    compared = scores[frames.candidates(activity)]
-    chooses = shape.active is not None and shape.source != "none" and compared.size > 0
-    choice = frames.Panel(
-      f"{name}: {chosen_by(shape)}",
-      f"{compared.min():.3g} (light) to {compared.max():.3g} (dark)"
-      if chooses else "",
-      frames.token_map(
-        frames.score_colours(scores, activity), cells, nothing,
-        (activity == REFRESHED) & chooses, cell,
-      ),
-    )  # fmt: skip
-    panels.append([status, choice])
   return frames.compose(
     f"Image {recording.image_id}, class {recording.label}: iteration {k} (last: "
     f"{len(plan.rows) - 1}), policy {policy}",
-    f"guidance {row.cfg:.2f}; {plan.steps(row)} diffusion steps; {told['masked']} of "
-    f"{config.seq_len} tokens still masked; columns at the left of a map: buffer tokens",
+    f"guidance {row.cfg:.2f}; {plan.steps(row)} diffusion steps; {(~known).sum()} of "
+    f"{known.size} tokens still masked; columns at the left of a map: buffer tokens",
     frames.Panel("the image so far", "framed: generated now", picture),
-    panels,
+    [maps(plan, recording, k, stack, cell) for stack in (1, 0)],  # the decoder above
   )
 
 
