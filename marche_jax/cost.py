@@ -80,26 +80,29 @@ def decoder_flops(config: ModelConfig, shape: StackShape, halves: int, asked: in
   return halves * (blocks + _block(width, config.mlp_ratio, asked, seen, active))
 
 
-def head_flops(config: ModelConfig, shape: HeadShape, guided: bool, steps: int) -> float:
+def head_flops(config: ModelConfig, shape: HeadShape, guided: bool, steps: float) -> float:
   """Sampling the tokens of a step with `steps` diffusion steps."""
   halves = 2 if guided else 1
   w, c, d = config.diffloss_w, config.token_dim, config.diffloss_d
-  modulation, blocks, ends = 2 * (3 * d + 2) * w**2, 4 * d * w**2, 6 * c * w
   condition = halves * 2 * config.decoder_embed_dim * w
-  full = halves * (modulation + blocks + ends)
+  enter, leave = 2 * c * w, 4 * c * w  # both halves see the same x_t
+  full = enter + halves * (2 * (3 * d + 2) * w**2 + 4 * d * w**2 + leave)
   flops = shape.slots * condition
   if shape.cached:
-    schedule = CachedSteps.of(steps, d)
+    assert shape.steps is not None
+    schedule = CachedSteps.of(shape.steps, d)
     kept = len(schedule.kept)  # blocks that a cached step still runs
-    cheap = 2 * (3 * kept + 2) * w**2 + ends
-    flops += shape.slots * (schedule.num_full * full + (steps - schedule.num_full) * cheap)
-    flops += shape.slots * schedule.num_recomputed * 4 * kept * w**2
+    # After every full step the modulations of as many cached ones are taken.
+    modulated = schedule.num_full * max(schedule.lengths)
+    cheap = (shape.steps - schedule.num_full) * (enter + leave)
+    cheap += modulated * 2 * (3 * kept + 2) * w**2 + schedule.num_recomputed * 4 * kept * w**2
+    flops += shape.slots * (schedule.num_full * full + cheap)
   else:
     flops += shape.slots * steps * full
   return flops + shape.detail * (condition + shape.detail_steps * full)
 
 
-def step_flops(config: ModelConfig, shape: StepShape, steps: int) -> Flops:
+def step_flops(config: ModelConfig, shape: StepShape, steps: float) -> Flops:
   """One iteration of a step shape, with `steps` diffusion steps."""
   asked = max(shape.head.slots, shape.difference)
   return Flops(

@@ -1,18 +1,25 @@
-"""Analytic FLOPs against the matrix products that the sampler traces."""
+"""Analytic FLOPs against the matrix products that the sampler's traced functions execute."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.extend import core
 
 from marche_jax import cost, head_sampler, sampler
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.diffusion import make_process
 from marche_jax.models.mar import abstract_params
+from marche_jax.plan import DecodePlan, HeadShape, StackShape, StepShape
 from marche_jax.policies import make_plan
 
 # Every width, depth and count differs, so that no two terms can be mistaken for each other.
@@ -22,10 +29,10 @@ CONFIG = ModelConfig(
   patch_size=4,
   vae_embed_dim=3,
   encoder_embed_dim=32,
-  encoder_depth=2,
+  encoder_depth=5,
   encoder_num_heads=2,
   decoder_embed_dim=24,
-  decoder_depth=3,
+  decoder_depth=6,
   decoder_num_heads=3,
   mlp_ratio=3.0,
   class_num=5,
@@ -33,79 +40,348 @@ CONFIG = ModelConfig(
   diffloss_d=4,
   diffloss_w=40,
 )
+POSITIONS = CONFIG.buffer_size + CONFIG.seq_len
+PARAMS = abstract_params(CONFIG)
+KEYS = jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype)  # of one image
+
+UNKNOWN = object()
 
 
-def matmul_flops(function: Callable, *args: object) -> float:
-  """FLOPs of all matrix products of a traced function, those of a loop times its length."""
+class Execution:
+  """Runs a jaxpr without its floating point values, and counts FLOPs of the products on the way.
 
-  def count(jaxpr: core.Jaxpr) -> float:
-    total = 0.0
+  Integers are computed: how often a loop turns and which branch is taken depends on them alone.
+  """
+
+  def __init__(self) -> None:
+    self.flops = 0.0
+
+  def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    """Values of the outputs, UNKNOWN where they are not integers or depend on others."""
+    values: dict[core.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
     for eqn in jaxpr.eqns:
-      inner = sum(count(getattr(j, "jaxpr", j)) for j in core.jaxprs_in_params(eqn.params))
-      total += inner * eqn.params.get("length", 1)
-      assert eqn.primitive.name != "while" or inner == 0  # its length is not known
-      if eqn.primitive.name == "dot_general":
-        (contracted, _), _ = eqn.params["dimension_numbers"]
-        lhs = eqn.invars[0].aval.shape
-        total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
-    return total
+      out = self._equation(eqn, [read(v) for v in eqn.invars])
+      values.update(zip(eqn.outvars, out))
+    return [read(v) for v in jaxpr.outvars]
 
-  return count(jax.make_jaxpr(function)(*args).jaxpr)
+  def closed(self, closed: core.ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    return self.run(closed.jaxpr, closed.consts, args)
+
+  def _equation(self, eqn: core.JaxprEqn, args: list[Any]) -> list[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "while":
+      return self._while(params, args)
+    if name == "scan":
+      return self._scan(params, args)
+    if name == "cond":
+      assert args[0] is not UNKNOWN
+      return self.closed(params["branches"][int(args[0])], args[1:])
+    for inner in ("jaxpr", "call_jaxpr"):
+      if inner in params:
+        return self.closed(params[inner], args)
+    assert not list(core.jaxprs_in_params(params)) or name in ("reduce", "scatter", "scatter-add")
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      lhs = eqn.invars[0].aval.shape
+      terms = math.prod(lhs[i] for i in contracted)
+      self.flops += 2 * math.prod(eqn.outvars[0].aval.shape) * terms
+    whole = (jnp.issubdtype(v.aval.dtype, jnp.integer) or v.aval.dtype == bool for v in eqn.outvars)
+    if not all(whole) or any(a is UNKNOWN for a in args):
+      return [UNKNOWN] * len(eqn.outvars)
+    out = eqn.primitive.bind(*args, **params)
+    return out if eqn.primitive.multiple_results else [out]
+
+  def _while(self, params: dict, args: list[Any]) -> list[Any]:
+    split = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    of_cond, of_body, carry = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+    while True:
+      (go_on,) = self.closed(params["cond_jaxpr"], [*of_cond, *carry])
+      assert go_on is not UNKNOWN
+      if not go_on:
+        return carry
+      carry = self.closed(params["body_jaxpr"], [*of_body, *carry])
+
+  def _scan(self, params: dict, args: list[Any]) -> list[Any]:
+    assert not params["reverse"]
+    split = params["num_consts"], params["num_consts"] + params["num_carry"]
+    consts, carry, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
+    outputs = len(params["jaxpr"].jaxpr.outvars) - len(carry)
+    if not _branches(params["jaxpr"].jaxpr):  # every turn executes the same
+      before = self.flops
+      self.closed(params["jaxpr"], [UNKNOWN] * len(args))
+      self.flops += (params["length"] - 1) * (self.flops - before)
+      return [UNKNOWN] * (len(carry) + outputs)
+    for i in range(params["length"]):
+      at = [x if x is UNKNOWN else x[i] for x in xs]
+      out = self.closed(params["jaxpr"], [*consts, *carry, *at])
+      carry = out[: len(carry)]
+    return [*carry, *[UNKNOWN] * outputs]
 
 
-@pytest.fixture(scope="module")
-def params() -> dict:
-  return jax.tree.map(lambda x: jnp.zeros(x.shape), abstract_params(CONFIG))
+def _branches(jaxpr: core.Jaxpr) -> bool:
+  """What a jaxpr executes may depend on values."""
+  inner = (getattr(j, "jaxpr", j) for e in jaxpr.eqns for j in core.jaxprs_in_params(e.params))
+  return any(e.primitive.name in ("while", "cond") for e in jaxpr.eqns) or any(
+    map(_branches, inner)
+  )
 
 
-@pytest.mark.parametrize("slots", [0, 3, 25])
-def test_encoder(params: dict, slots: int) -> None:
-  state = sampler.DecodeState(jnp.zeros((1, 25, 48)), jnp.arange(25)[None])
+def matmul_flops(function: Callable, *args: Any) -> float:
+  """FLOPs of all matrix products that a call executes; loops count as often as they turn.
 
-  def encode(p: dict, embedding: jax.Array) -> jax.Array:
-    return sampler.run_encoder(p, CONFIG, jnp.float32, state, embedding, slots, jnp.int32(0))
-
-  traced = matmul_flops(encode, params, jnp.zeros((1, 32)))
-  assert traced == cost.encoder_flops(CONFIG, slots)
-  assert matmul_flops(encode, params, jnp.zeros((2, 32))) == 2 * traced  # guidance
-
-
-@pytest.mark.parametrize("predicted", [1, 9])
-def test_decoder(params: dict, predicted: int) -> None:
-  def decode(p: dict, x: jax.Array) -> jax.Array:
-    return sampler.run_decoder(p, CONFIG, jnp.float32, x, jnp.arange(predicted)[None])
-
-  traced = matmul_flops(decode, params, jnp.zeros((1, 7 + 25, 24)))
-  assert traced == cost.decoder_flops(CONFIG, predicted)
+  Of the arguments only integers are looked at, where they are values and not shapes.
+  """
+  known = [
+    x if isinstance(x, np.generic | np.ndarray) and x.dtype.kind in "iub" else UNKNOWN
+    for x in jax.tree.leaves(args)
+  ]
+  execution = Execution()
+  execution.closed(jax.make_jaxpr(function)(*args), known)
+  return execution.flops
 
 
+def test_loops_count_as_often_as_they_turn() -> None:
+  x = jnp.zeros((3, 3))
+  product = 2 * 3**3
+
+  def loops(x: jax.Array, trips: jax.Array) -> jax.Array:
+    x = jax.lax.fori_loop(
+      0, trips, lambda i, x: jax.lax.cond(i < 2, lambda x: x @ x, jnp.sin, x), x
+    )
+    x, _ = jax.lax.scan(lambda x, _: (x @ x, None), x, None, length=4)
+    return jax.jit(lambda x: x @ x)(x)
+
+  for trips, executed in ((0, 5), (1, 6), (2, 7), (9, 7)):
+    assert matmul_flops(loops, x, np.int32(trips)) == executed * product
+
+
+# ---- encoder and decoder
+
+
+def row(**fields: Any) -> sampler.Rows:
+  """An iteration whose counts are those of its places: what is executed does not depend on them."""
+  zero = {f.name: np.int32(0) for f in dataclasses.fields(sampler.Rows)}
+  return sampler.Rows(**{**zero, **fields})
+
+
+def kinds(slots: int) -> dict[str, StackShape]:
+  """Every way of running a stack that sees `slots` image tokens."""
+  seen = CONFIG.buffer_size + slots
+  some = {"active": seen - 1, "forced": min(2, slots)}
+  return {
+    "full": StackShape(slots),
+    "full, recorded": StackShape(slots, record=3, layer=2),
+    "forced only": StackShape(slots, **some),
+    "scout 3": StackShape(slots, **some, source="scout", layer=3),
+    "scout with buffer": StackShape(slots, **some, buffer=True, source="scout", layer=2),
+    "carried": StackShape(slots, **some, source="carried", record=2, layer=3),
+    "lower 1": StackShape(slots, **some, source="lower", layer=1),
+    "lower 4": StackShape(slots, **some, source="lower", layer=4),
+    "lower, values": StackShape(slots, **some, source="lower", layer=3, score="value"),
+    "lower, recorded": StackShape(slots, **some, source="lower", layer=2, record=3),
+    "everything active": StackShape(slots, **{**some, "active": seen}, source="scout", layer=2),
+  }
+
+
+NAMES = list(kinds(1))
+
+
+def empty_state(plan: DecodePlan) -> Any:
+  """The shapes of one image's state."""
+  tokens = jnp.zeros((1, CONFIG.seq_len, CONFIG.token_dim))
+  order = jnp.zeros((1, CONFIG.seq_len), jnp.int32)
+  return jax.eval_shape(lambda: sampler.empty_state(plan, tokens, order, jnp.float32))
+
+
+def state_for(shape: StackShape, halves: int) -> Any:
+  """With caches and carried scores, but for a full stack that records nothing."""
+  policy = "full" if shape.active is None and not shape.record else "marche"
+  cfg = 1.0 if halves == 1 else 2.0
+  return empty_state(
+    make_plan(CONFIG, SampleConfig(num_iter=3, policy=policy, cfg=cfg, selection="carried"))
+  )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_encoder(name: str) -> None:
+  for slots, halves in ((0 if name.startswith("full") else 1, 1), (25, 2)):
+    shape = kinds(slots)[name]
+
+    def encode(params: dict, state: Any, embedding: Any, shape: StackShape = shape) -> Any:
+      return sampler.run_encoder(params, CONFIG, jnp.float32, shape, row(), state, embedding)
+
+    embedding = jax.ShapeDtypeStruct((halves, CONFIG.encoder_embed_dim), jnp.float32)
+    executed = matmul_flops(encode, PARAMS, state_for(shape, halves), embedding)
+    assert executed == cost.encoder_flops(CONFIG, shape, halves), (slots, halves)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decoder(name: str) -> None:
+  shape = kinds(CONFIG.seq_len)[name]
+  for asked, halves in ((1, 2), (9, 1)):
+
+    def decode(params: dict, state: Any, x: Any, asked: int = asked) -> Any:
+      return sampler.run_decoder(params, CONFIG, jnp.float32, shape, row(), state, x, asked)
+
+    x = jax.ShapeDtypeStruct((halves, POSITIONS, CONFIG.decoder_embed_dim), jnp.float32)
+    executed = matmul_flops(decode, PARAMS, state_for(shape, halves), x)
+    assert executed == cost.decoder_flops(CONFIG, shape, halves, asked), (asked, halves)
+
+
+def test_every_kind_costs_something_else() -> None:
+  """Else the tests above could not tell kinds apart."""
+  shapes = kinds(CONFIG.seq_len)
+  shapes.pop("lower, values")  # the same products as lower at that layer
+  costs = [cost.decoder_flops(CONFIG, shape, 1, 9) for shape in shapes.values()]
+  assert len(set(costs)) == len(costs)
+
+
+# ---- the head
+
+
+def executed_by_head(
+  shape: HeadShape, halves: int, *, steps: int, longest: int, config: ModelConfig = CONFIG
+) -> float:
+  """FLOPs of `sample_tokens` for one image in a row of `steps` steps; tables have `longest`."""
+  floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  one = make_process(np.arange(longest)).coefficients()
+  coefficients = jax.tree.map(lambda x: np.stack([x, x]), one)
+  weights = jax.eval_shape(
+    lambda head: head_sampler.prepare(head, config, coefficients.timestep, jnp.float32),
+    abstract_params(config)["head"],
+  )
+  now = row(steps=np.int32(steps), num_detail=np.int32(shape.detail))
+
+  def head(weights: Any, z: Any, keys: Any, row: Any, tables: Any) -> jax.Array:
+    predict = jnp.zeros((1, shape.slots), jnp.int32)
+    inputs = sampler.Inputs(np.zeros(1, np.int32), keys)
+    return sampler.sample_tokens(weights, shape, row, tables, inputs, None, predict, z)
+
+  z = floats((halves, 1, shape.slots, config.decoder_embed_dim))
+  return matmul_flops(head, weights, z, KEYS, now, sampler.Tables(coefficients, floats(())))
+
+
+@pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize(("predicted", "steps"), [(1, 12), (5, 12), (300, 7)])
-def test_head(params: dict, predicted: int, steps: int) -> None:
-  plan = make_plan(CONFIG, SampleConfig(num_iter=3, num_sampling_steps=steps))
-  _, tables = sampler.plan_rows(plan)
-  weights = head_sampler.prepare(params["head"], CONFIG, tables.coefficients.timestep, jnp.float32)
+def test_head(predicted: int, steps: int, halves: int) -> None:
+  shape = HeadShape(predicted, steps)
+  executed = executed_by_head(shape, halves, steps=steps, longest=12)
+  assert executed == cost.head_flops(CONFIG, shape, halves == 2, steps)
 
-  def head(weights: head_sampler.HeadWeights, z: jax.Array, noise: jax.Array) -> jax.Array:
-    return head_sampler.sample(
-      weights, z, 1, table=0, coefficients=jax.tree.map(lambda x: x[0], tables.coefficients),
-      steps=steps, cfg=1.0, temperature=1.0, initial_noise=noise, step_noise=lambda *_: noise,
-    )  # fmt: skip
 
-  traced = matmul_flops(head, weights, jnp.zeros((predicted, 24)), jnp.zeros((predicted, 48)))
-  assert traced == cost.head_flops(CONFIG, predicted, steps)
+@pytest.mark.parametrize("halves", [1, 2])
+def test_head_with_detail_tokens(halves: int) -> None:
+  shape = HeadShape(9, 4, detail=2, detail_steps=6)
+  executed = executed_by_head(shape, halves, steps=4, longest=6)
+  assert executed == cost.head_flops(CONFIG, shape, halves == 2, 4)
+
+
+@pytest.mark.parametrize(
+  ("steps", "depth", "halves"),
+  [(1, 4, 2), (2, 4, 1), (8, 2, 2), (13, 1, 2), (25, 4, 1), (25, 4, 2)],
+)
+def test_cached_head(steps: int, depth: int, halves: int) -> None:
+  config = dataclasses.replace(CONFIG, diffloss_d=depth)
+  shape = HeadShape(5, steps, cached=True)
+  executed = executed_by_head(shape, halves, steps=steps, longest=25, config=config)
+  assert executed == cost.head_flops(config, shape, halves == 2, steps)
+
+
+@pytest.mark.parametrize(("predicted", "steps"), [(1, 12), (30, 5), (300, 7)])
+def test_head_with_steps_of_the_row(predicted: int, steps: int) -> None:
+  """Steps that are row data: modulations are taken by whole products, all else as often as due."""
+  longest, rows = 12, 2 * predicted
+  shape = HeadShape(predicted, None)
+  executed = executed_by_head(shape, 2, steps=steps, longest=longest)
+  together = head_sampler._steps_together(longest, rows)
+  padding = -(-steps // together) * together - steps
+  modulation = rows * 2 * (3 * CONFIG.diffloss_d + 2) * CONFIG.diffloss_w**2
+  assert executed == cost.head_flops(CONFIG, shape, True, steps) + padding * modulation
+
+
+# ---- whole plans
+
+PLANS: dict[str, dict[str, Any]] = {
+  "no guidance": {"cfg": 1.0},
+  "marche": {"policy": "marche", "active_size": 14},
+  "condition cache": {
+    "policy": "marche", "condition_cache": True, "selection": "carried", "active_size": 14,
+  },
+  "lazymar with its head": {"policy": "lazymar", "num_iter": 12, "head_cache": True},
+  "gtr": {"policy": "gtr", "num_iter": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_whole_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Every row, loop and branch of `decode` against the plan's sum."""
+  for field in ("FIRST", "LAST", "DETAIL"):  # as many steps in every row: no padded products
+    monkeypatch.setattr(importlib.import_module("marche_jax.policies.gtr"), field, 10)
+  sample = SampleConfig(**{"num_iter": 6, "num_sampling_steps": 10, **PLANS[name]})
+  plan = make_plan.__wrapped__(CONFIG, sample)
+  rows, tables = sampler.plan_rows(plan)
+
+  def decode(params: dict, state: Any, keys: Any, rows: Any, tables: Any) -> Any:
+    inputs = sampler.Inputs(jnp.zeros(1, jnp.int32), keys)
+    static = {"config": CONFIG, "shapes": plan.shapes}
+    return sampler.decode(params, state, rows, tables, inputs, **static)[0]
+
+  executed = matmul_flops(decode, PARAMS, empty_state(plan), KEYS, rows, tables)
+  prepare = functools.partial(head_sampler.prepare, config=CONFIG, dtype=jnp.float32)
+  once = matmul_flops(
+    lambda head, t: prepare(head, timesteps=t), PARAMS["head"], tables.coefficients.timestep
+  )
+  assert executed - once == plan.flops().total
 
 
 def test_a_plan_adds_its_rows_up() -> None:
-  """Guidance doubles everything; without padding every row costs what its tokens cost."""
+  """Guidance doubles the transformer; without padding every row costs what its tokens cost."""
   sample = SampleConfig(num_iter=6, num_sampling_steps=10)
   plan = make_plan(CONFIG, sample)
   exact = plan.flops(padded=False)
-  assert exact.encoder == 2 * sum(cost.encoder_flops(CONFIG, r.num_known) for r in plan.rows)
-  assert exact.decoder == 2 * sum(cost.decoder_flops(CONFIG, r.num_predict) for r in plan.rows)
-  assert exact.head == 2 * sum(cost.head_flops(CONFIG, r.num_predict, 10) for r in plan.rows)
+  every = StackShape(CONFIG.seq_len)
+  assert exact.encoder == sum(
+    cost.encoder_flops(CONFIG, StackShape(r.num_known), 2) for r in plan.rows
+  )
+  assert exact.decoder == sum(
+    cost.decoder_flops(CONFIG, every, 2, r.num_predict) for r in plan.rows
+  )
+  assert exact.head == sum(
+    cost.head_flops(CONFIG, HeadShape(r.num_predict, 10), True, 10) for r in plan.rows
+  )
   assert exact.total == exact.encoder + exact.decoder + exact.head
-  unguided = make_plan(CONFIG, SampleConfig(num_iter=6, num_sampling_steps=10, cfg=1.0))
-  assert plan.flops() == unguided.flops() + unguided.flops()
+  unguided = make_plan(CONFIG, dataclasses.replace(sample, cfg=1.0))
+  twice = unguided.flops() + unguided.flops()
+  # Of the head, both halves share the projection of x_t.
+  x_t = sum(plan.shapes[r.shape].head.slots * 10 for r in plan.rows)
+  x_t *= 2 * CONFIG.token_dim * CONFIG.diffloss_w
+  assert plan.flops() == dataclasses.replace(twice, head=twice.head - x_t)
+
+
+def test_selective_rows_cost_what_their_tokens_cost() -> None:
+  """Without padding, of marche with a condition cache: whose difference is stored by full rows."""
+  sample = SampleConfig(num_iter=6, policy="marche", condition_cache=True, active_size=14)
+  plan = make_plan(CONFIG, sample)
+  exact = cost.Flops(0.0, 0.0, 0.0)
+  for r, full in zip(plan.rows, (True, False, False) * 2):
+    forced = r.num_previous + r.num_predict
+    chosen = {"source": "scout", "layer": 2}
+    encoder = StackShape(r.num_known, r.encoder_active, r.num_previous, **chosen)
+    decoder = StackShape(CONFIG.seq_len, r.decoder_active, forced, **chosen)
+    assert (r.decoder_active, r.encoder_active) == (
+      (POSITIONS, CONFIG.buffer_size + r.num_known) if full else (14, max(3, r.num_previous))
+    )
+    shape = StepShape(
+      encoder=StackShape(r.num_known) if full else encoder,
+      decoder=StackShape(CONFIG.seq_len) if full else decoder,
+      head=HeadShape(r.num_predict, 100),
+      guided=True,
+      halves=2 if full else 1,
+      difference=plan.shapes[r.shape].difference,
+    )
+    exact += cost.step_flops(CONFIG, shape, 100)
+  assert plan.flops(padded=False) == exact
 
 
 def test_mar_base() -> None:
@@ -113,8 +389,9 @@ def test_mar_base() -> None:
   config = ModelConfig()
   plan = make_plan(config, SampleConfig(num_iter=64, cfg=3.0, num_sampling_steps=100))
   exact = plan.flops(padded=False)
-  everywhere = cost.decoder_flops(config, config.buffer_size + config.seq_len)
-  decoder = 2 * len(plan.rows) * everywhere
+  positions = config.buffer_size + config.seq_len
+  everywhere = cost.decoder_flops(config, StackShape(config.seq_len), 2, positions)
+  decoder = len(plan.rows) * everywhere
   assert exact.decoder < decoder
   whole = exact.encoder + decoder + exact.head
   for part, low, high in ((exact.encoder, 24, 25), (decoder, 51, 53), (exact.head, 22, 25)):
