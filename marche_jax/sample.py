@@ -37,7 +37,6 @@ from marche_jax.images import atomic_write, check_writable, grid, write_png
 from marche_jax.models.mar import inference_params, unpatchify
 from marche_jax.policies import make_plan
 
-
 CALIBRATION_IMAGES = 8
 """Images that --calibrate measures on."""
 
@@ -58,7 +57,7 @@ def define_flags() -> None:
     "policy", None, "Short for --config.sample.policy; or FILE.json, a plan of --calibrate."
   )
   flags.DEFINE_string(
-    "calibrate", None, "Measure on 8 images where the cache drifts, write a plan to FILE.json, stop."
+    "calibrate", None, "Measure on 8 images where the cache drifts, write a plan FILE.json, stop."
   )
   flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "Of activations and matrix products."
@@ -287,7 +286,9 @@ def main() -> None:
   if num_images < 1:
     raise ValueError(f"num_images={num_images}: expected at least 1")
   labels = choose_labels(given, num_images, model.config.class_num)
-  traced = _traced_images(num_images)
+  traced = traced_images(
+    flags.FLAGS.trace, flags.FLAGS.trace_images, flags.FLAGS.trace_every, num_images
+  )
   report = run(
     model,
     sample_config,
@@ -318,17 +319,23 @@ def main() -> None:
     print(f"pictures of decoding images {', '.join(map(str, traced))} in {flags.FLAGS.trace}")
 
 
-def _traced_images(num_images: int) -> list[int]:
-  """Numbers of the images that `--trace` is about, none without it; ValueError for wrong flags."""
-  if flags.FLAGS.trace is None:
-    for name in ("trace_images", "trace_every"):
-      if flags.FLAGS[name].value is not None:
+def traced_images(
+  directory: str | None, images: list[str] | None, every: int | None, num_images: int
+) -> list[int]:
+  """Numbers of the images that `--trace=directory` is about; none without it.
+
+  Raises:
+    ValueError: for wrong `--trace_images` or `--trace_every`, or a directory that cannot be written.
+  """
+  if directory is None:
+    for name, value in (("trace_images", images), ("trace_every", every)):
+      if value is not None:
         raise ValueError(f"--{name}: expected --trace=DIR with it")
     return []
-  traced = trace.parse_images(flags.FLAGS.trace_images, num_images)
-  trace.pictured(1, flags.FLAGS.trace_every)
-  check_writable(flags.FLAGS.trace)
-  return traced
+  numbers = trace.parse_images(images, num_images)
+  trace.pictured(1, every)
+  check_writable(directory)
+  return numbers
 
 
 def with_policy(policy: str, config: ModelConfig, sample_config: SampleConfig) -> SampleConfig:

@@ -31,10 +31,10 @@ def quality_table(report: dict[str, Any]) -> str:
         *_judged(found["quality"]),
         "-" if difference is None else f"{difference['latent_rmse']:.3f}",
         "-" if difference is None else f"{difference['psnr']:.1f}",
-        f"{found['seconds_per_image']['median']:.4f}",
+        number(found["seconds_per_image"]["median"]),
         f"{found['speedup']:.2f}" + ("" if found["timed_with_baseline"] else "*"),
         f"{found['predicted_speedup']:.2f}",
-        f"{found['gflops_per_image']:.2f}",
+        number(found["gflops_per_image"]),
         "yes" if found.get("on_front") else "",
       ]
     )
@@ -67,15 +67,15 @@ def speed_table(report: dict[str, Any]) -> str:
   speed = [
     [
       name,
-      f"{p['seconds_per_image']['typical']:.3f}",
-      f"{p['seconds_per_image']['min']:.3f} to {p['seconds_per_image']['max']:.3f}",
+      number(p['seconds_per_image']['typical']),
+      f"{p['seconds_per_image']['min']:.3g} to {p['seconds_per_image']['max']:.3g}",
       f"{p['speedup']:.2f}",
       f"{p['predicted_speedup']:.2f}",
       f"{p['measured_over_predicted']:.2f}",
-      _or_dash(p["transformer_speedup"], ".2f"),
+      "-" if p["transformer_speedup"] is None else f"{p['transformer_speedup']:.2f}",
       f"{p['fraction_of_peak']['total']:.0%}",
       *(
-        [f"{p['whole_run_seconds']:.3f}", f"{p['estimate_over_whole_run']:.3f}"]
+        [number(p['whole_run_seconds']), f"{p['estimate_over_whole_run']:.3f}"]
         if "whole_run_seconds" in p else []
       ),
     ]
@@ -87,18 +87,18 @@ def speed_table(report: dict[str, Any]) -> str:
     speed_head += ["whole run", "estimate / whole"]
   parts = ("encoder", "decoder", "head", "other")
   split = [
-    [name, *(_or_dash((p["split_seconds"] or {}).get(part), ".3f") for part in parts)]
+    [name, *(number((p["split_seconds"] or {}).get(part)) for part in parts)]
     for name, p in policies.items()
   ]
   resources = [
     [
       name,
       str(p["iterations"]),
-      f"{p['gflops_per_image']['total']:.1f}",
-      f"{p['gflops_per_image']['without_padding']:.1f}",
-      f"{p['cache_bytes_per_image'] / 2**20:.1f}",
-      f"{p['memory_bytes']['peak'] / 2**30:.3f}",
-      f"{p['memory_bytes']['temporary'] / 2**30:.3f}",
+      number(p["gflops_per_image"]["total"]),
+      number(p["gflops_per_image"]["without_padding"]),
+      number(p["cache_bytes_per_image"] / 2**20),
+      number(p["memory_bytes"]["peak"] / 2**30),
+      number(p["memory_bytes"]["temporary"] / 2**30),
       str(p["step_shapes"]),
       f"{p['compile_seconds']:.1f}" + ("c" if p["compiled_from_cache"] else ""),
       f"{p['lower_seconds']:.1f}",
@@ -107,7 +107,7 @@ def speed_table(report: dict[str, Any]) -> str:
   ]
   lines = [
     f"{report['name']}, batch {report['batch_size']}, {report['dtype']}, head "
-    f"{report['head_dtype']}; weights {report['weight_bytes'] / 2**30:.3f} GiB; "
+    f"{report['head_dtype']}; weights {report['weight_bytes'] / 2**30:.3g} GiB; "
     f"{_machine(report)}; matmul peak {report['matmul_peak_gflops']:.0f} GFLOP/s",
     "",
     f"Seconds per image ({how}), speed-up over {report['baseline']}, of FLOPs as predicted, "
@@ -175,8 +175,11 @@ def single_table(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _or_dash(value: float | None, spec: str) -> str:
-  return "-" if value is None else format(value, spec)
+def number(value: float | None) -> str:
+  """A number with three significant digits, in full from 100 on; a dash for None."""
+  if value is None:
+    return "-"
+  return f"{value:.0f}" if value == 0 or abs(value) >= 100 else f"{value:#.3g}"
 
 
 def _judged(found: dict[str, Any] | None) -> list[str]:

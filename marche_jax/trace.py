@@ -233,9 +233,7 @@ def frame(
     policy: its name.
   """
   row, side = plan.rows[k], plan.config.grid_size
-  rank = np.empty(side * side, int)
-  rank[recording.place] = np.arange(side * side)
-  rank = rank.reshape(side, side)
+  rank = np.argsort(recording.place).reshape(side, side)
   known = rank < row.num_known + row.num_predict
   now = known & (rank >= row.num_known)
   picture = frames.filling_in(image, known, now, max(1, round(SIDE / len(image))))
