@@ -85,7 +85,7 @@ def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
     loc="left", fontsize=11, color=INK,
   )  # fmt: skip
   axes.margins(0.12)
-  _label(figure, axes, x, y, list(found))
+  _label(figure, axes, x, y, bounds, list(found))
   _save(figure, path)
 
 
@@ -146,13 +146,19 @@ def _plain(axes: Any) -> None:
   axes.tick_params(colors=MUTED, length=0)
 
 
-def _label(figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
-  """Names points, each at the nearest place where its text covers no point and no other text."""
+def _label(
+  figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, bounds: np.ndarray, names: Sequence[str]
+) -> None:
+  """Names points, each at the nearest place where its text covers no point, bar or other text."""
   figure.canvas.draw()  # lays the axes out
-  points = axes.transData.transform(np.column_stack([x, y]))
+  points, low, high = (
+    axes.transData.transform(np.column_stack([x, of])) for of in (y, bounds[:, 0], bounds[:, 1])
+  )
   frame = axes.get_window_extent()
   pixels = figure.dpi / 72
   taken = [(px - 6, py - 6, px + 6, py + 6) for px, py in points / pixels]
+  taken += [(px - 1, bottom - 1, px + 1, top + 1)
+            for (px, bottom), (_, top) in zip(low / pixels, high / pixels)]  # fmt: skip
   inside = tuple(v / pixels for v in (frame.x0, frame.y0, frame.x1, frame.y1))
   for name, (px, py) in zip(names, points / pixels, strict=True):
     text = axes.annotate(name, (0, 0), fontsize=9, color=INK)

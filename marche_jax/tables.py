@@ -67,15 +67,15 @@ def speed_table(report: dict[str, Any]) -> str:
   speed = [
     [
       name,
-      number(p['seconds_per_image']['typical']),
-      f"{p['seconds_per_image']['min']:.3g} to {p['seconds_per_image']['max']:.3g}",
+      number(p["seconds_per_image"]["typical"]),
+      " to ".join(number(p["seconds_per_image"][end]) for end in ("min", "max")),
       f"{p['speedup']:.2f}",
       f"{p['predicted_speedup']:.2f}",
       f"{p['measured_over_predicted']:.2f}",
       "-" if p["transformer_speedup"] is None else f"{p['transformer_speedup']:.2f}",
       f"{p['fraction_of_peak']['total']:.0%}",
       *(
-        [number(p['whole_run_seconds']), f"{p['estimate_over_whole_run']:.3f}"]
+        [number(p["whole_run_seconds"]), f"{p['estimate_over_whole_run']:.3f}"]
         if "whole_run_seconds" in p else []
       ),
     ]
