@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 
 import golden
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import cost
+from marche_jax import cost, sampler
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.plan import MAX_PADDING, MAX_STEP_SHAPES, group_slots, mask_schedule
-from marche_jax.policies import POLICIES, make_plan
+from marche_jax.plan import (
+  MAX_PADDING,
+  MAX_STEP_SHAPES,
+  DecodePlan,
+  Draft,
+  HeadShape,
+  Refresh,
+  StackShape,
+  StepShape,
+  _widest,
+  build,
+  full_steps,
+  group_shapes,
+  mask_schedule,
+)
+from marche_jax.policies import make_plan
 
 MAR_B = ModelConfig()
 
@@ -35,21 +53,38 @@ def test_plan_equals_the_recorded_run(run):
   np.testing.assert_array_equal(
     [row.num_predict for row in plan.rows], recorded["pred_mask"].sum(axis=2)[:, 0]
   )
-  assert plan.shapes[0].guidance_halves == (2 if recorded["z_uncond"].size else 1)
+  assert plan.shapes[0].halves == (2 if recorded["z_uncond"].size else 1)
+
+
+POLICIES = (
+  "full", "disa", "marche", "lazymar", "recap", "gtr", "marche+disa+gtr", "recap+disa",
+  "lazymar+gtr", "marche+gtr", "lazymar+disa", "recap+gtr", "turbo",
+)  # fmt: skip
 
 
 @st.composite
 def runs(draw):
   grid = draw(st.integers(1, 16))
   known = draw(st.integers(0, grid**2 - 1))
-  return sized(grid), draw(st.integers(1, min(grid**2 - known, 80))), known
+  sample = SampleConfig(
+    num_iter=draw(st.integers(1, min(grid**2 - known, 80))),
+    cfg=draw(st.sampled_from([1.0, 3.0])),
+    num_sampling_steps=20,
+    policy=draw(st.sampled_from(POLICIES)),
+    refresh_interval=draw(st.integers(1, 9)),
+    selection=draw(st.sampled_from(["scout", "carried", "lower"])),
+    condition_cache=draw(st.booleans()),
+    detail_tokens=draw(st.booleans()),
+    recap_raster=draw(st.booleans()),
+  )
+  config = dataclasses.replace(sized(grid), buffer_size=draw(st.sampled_from([1, 64])))
+  return config, sample, known
 
 
-@settings(deadline=None)
-@given(runs(), st.sampled_from(sorted(POLICIES)), st.sampled_from([1.0, 3.0]))
-def test_every_plan(run, policy, cfg):
-  config, num_iter, num_known = run
-  sample = SampleConfig(num_iter=num_iter, cfg=cfg, policy=policy, num_sampling_steps=20)
+@settings(deadline=None, max_examples=150)
+@given(runs())
+def test_every_plan(run):
+  config, sample, num_known = run
   plan = make_plan(config, sample, num_known)
 
   order = np.random.default_rng(0).permutation(config.seq_len)
@@ -61,20 +96,61 @@ def test_every_plan(run, policy, cfg):
     now = order[::-1][row.num_known : row.num_known + row.num_predict]
     predicted[now] += 1
     shape = plan.shapes[row.shape]
-    assert row.num_known <= shape.encoder_slots <= config.seq_len
-    assert row.num_predict <= shape.predict_slots <= config.seq_len
-    assert shape.guidance_halves == (1 if cfg == 1.0 else 2)
+    assert row.num_known <= shape.encoder.slots <= config.seq_len
+    assert shape.decoder.slots == config.seq_len
+    assert row.num_predict <= shape.head.slots <= config.seq_len
+    assert shape.guided == (sample.cfg != 1.0)
     steps = len(plan.processes[row.process].timesteps)
-    assert shape.diffusion_steps in (None, steps)
+    assert shape.head.steps in (None, steps)
+    assert row.num_detail <= min(shape.head.detail, row.num_predict)
+    if row.num_detail:
+      assert shape.head.detail_steps == len(plan.processes[row.detail_process].timesteps)
   assert (predicted == 1).all()  # every position exactly once
+  check_refresh(plan)
 
-  assert len(plan.rows) == num_iter
+  assert len(plan.rows) == sample.num_iter or {"gtr", "turbo"} & set(sample.policy.split("+"))
   assert len(set(plan.shapes)) == len(plan.shapes) <= MAX_STEP_SHAPES
   assert {row.shape for row in plan.rows} == set(range(len(plan.shapes)))
   assert all(padding >= 1 for padding in plan.padding())
   exact, padded = plan.flops(padded=False), plan.flops()
   assert 0 < exact.encoder <= padded.encoder and 0 < exact.head <= padded.head
-  assert len(plan.table().splitlines()) == num_iter + 2
+  assert 0 < exact.decoder <= padded.decoder
+  # A heading and the rows; the shapes, totals and the cache below.
+  assert len(plan.table().splitlines()) == 1 + len(plan.rows) + 1 + len(plan.shapes) + 2
+
+
+def check_refresh(plan: DecodePlan):
+  """What a selective row needs: places for its tokens, and rows before it that left the rest."""
+  config = plan.config
+  buffer, before, stored = config.buffer_size, 0, range(0)
+  for k, row in enumerate(plan.rows):
+    shape = plan.shapes[row.shape]
+    assert row.num_previous == before
+    before = row.num_predict
+    stacks = (
+      (shape.encoder, row.encoder_active, row.num_previous, row.num_known, row.num_previous),
+      (shape.decoder, row.decoder_active, row.num_previous + row.num_predict, config.seq_len,
+       row.num_predict),
+    )  # fmt: skip
+    for stack, active, forced, known, fresh in stacks:
+      if stack.active is None:
+        assert active == buffer + known
+      else:
+        assert k > 0  # everything was computed once before
+        assert forced <= stack.forced
+        assert forced + (buffer if stack.buffer else 0) <= active <= stack.active
+        assert stack.active <= buffer + stack.slots
+        assert stack.source == "none" or 1 <= stack.layer < config.decoder_depth
+      if plan.carries_scores:
+        assert fresh <= stack.record
+    full = shape.encoder.active is None and shape.decoder.active is None
+    if plan.guided and shape.halves == 1:  # the difference was stored for every rank asked for
+      assert stored.start <= row.num_known and row.num_known + row.num_predict <= stored.stop
+    else:
+      reach = shape.difference if full else 0
+      stored = range(row.num_known, row.num_known + reach)
+  selective = any(s.encoder.active or s.decoder.active for s in plan.shapes)
+  assert (plan.cache_bytes_per_image > 0) == selective == (plan.cache_halves > 0)
 
 
 @pytest.mark.parametrize("num_iter", [16, 32, 64, 128, 256])
@@ -108,42 +184,66 @@ def test_mask_schedule_is_computed_in_float64():
 @given(
   st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=7),
   st.integers(0, 20),
+  st.booleans(),
 )
-def test_slots_are_grouped_at_the_least_work(rows, first):
+def test_slots_are_grouped_at_the_least_work(rows, first, selective):
   """Against trying every split into as few groups as reach the padding asked for."""
   config = sized(16)
   predicted, steps = (np.asarray(x) for x in zip(*rows))
   known = first + np.cumsum(predicted) - predicted
 
+  def exact(k):
+    some = {"source": "scout", "layer": 2} if selective else {}
+    active = {"active": 5 + int(known[k]) // 2, "forced": 2} if selective else {}
+    return StepShape(
+      encoder=StackShape(int(known[k]), **active, **some),
+      decoder=StackShape(config.seq_len, **active, **some),
+      head=HeadShape(int(predicted[k]), int(steps[k])),
+      guided=True,
+      halves=2,
+    )
+
+  every = [exact(k) for k in range(len(rows))]
+
   def split(cuts):
     bounds = [0, *cuts, len(rows)]
     return [
-      (int(known[i:j].max()), int(predicted[i:j].max()))
+      functools.reduce(_widest, every[i:j])
       for i, j in itertools.pairwise(bounds)
       for _ in range(i, j)
     ]
 
-  def work(groups):
-    return sum(
-      cost.encoder_flops(config, k) + cost.head_flops(config, p, int(s))
-      for (k, p), s in zip(groups, steps)
-    )
+  def work(shapes):
+    return sum(cost.step_flops(config, s, int(n)).total for s, n in zip(shapes, steps))
 
-  def padding(groups):
-    buffer = config.buffer_size
-    encoder = sum(buffer + k for k, _ in groups) / (buffer + known).sum()
-    return max(encoder, sum(p for _, p in groups) / predicted.sum())
+  def padding(shapes):
+    def tokens(shapes):
+      encoder = sum(s.encoder.active or config.buffer_size + s.encoder.slots for s in shapes)
+      return np.asarray([encoder, sum(s.head.slots for s in shapes)])
+
+    return (tokens(shapes) / tokens(every)).max()
 
   for count in range(1, len(rows) + 1):
     best = min(map(split, itertools.combinations(range(1, len(rows)), count - 1)), key=work)
     if padding(best) <= MAX_PADDING:
       break
-  assert work(group_slots(config, known, predicted, steps)) == pytest.approx(work(best))
+  grouped = group_shapes(config, every, steps.tolist(), known.tolist())
+  assert work(grouped) == pytest.approx(work(best))
+  for shape, wide in zip(every, grouped):  # every row fits into its shape
+    assert _widest(wide, shape) == wide
+
+
+def test_rows_of_another_kind_share_no_shape():
+  """Only numbers of places may be padded: what else a shape says is what the step does."""
+  plan = make_plan(MAR_B, SampleConfig(num_iter=32, policy="marche", refresh_interval=3))
+  selective = [plan.shapes[row.shape].decoder.active is not None for row in plan.rows]
+  assert selective == [k % 3 > 0 for k in range(32)]
 
 
 def test_guidance_off_halves_the_work():
-  on, off = (make_plan(MAR_B, SampleConfig(cfg=cfg)).flops().total for cfg in (3.0, 1.0))
-  assert off == pytest.approx(on / 2)
+  on, off = (make_plan(MAR_B, SampleConfig(cfg=cfg)).flops() for cfg in (3.0, 1.0))
+  assert (off.encoder, off.decoder) == (on.encoder / 2, on.decoder / 2)
+  assert on.head / 2 < off.head < 1.001 * on.head / 2  # both halves share the projection of x_t
 
 
 def test_shares_of_the_work():
@@ -155,17 +255,56 @@ def test_shares_of_the_work():
 
 
 def test_table_states_every_row_and_the_padding():
-  plan = make_plan(MAR_B, SampleConfig(num_iter=5, num_sampling_steps=7))
-  lines = plan.table().splitlines()
-  for k, (line, row) in enumerate(zip(lines[1:], plan.rows)):
-    shape = plan.shapes[row.shape]
-    assert line.split() == [
-      str(k), str(row.shape), str(row.num_known), str(row.num_predict), str(row.mask_len),
-      f"{row.cfg:.2f}", "7", str(shape.encoder_slots), str(shape.predict_slots),
-    ]  # fmt: skip
-  assert lines[-1].endswith(
-    f"encoder {plan.padding()[0]:.2f}, head {plan.padding()[1]:.2f}"
-  )  # fmt: skip
+  sample = SampleConfig(num_iter=7, num_sampling_steps=9, policy="lazymar", head_cache=True)
+  plan = make_plan(MAR_B, sample)
+  full = make_plan(MAR_B, SampleConfig(num_iter=7, num_sampling_steps=9))
+  for table, lazy in ((plan, True), (full, False)):
+    lines = table.table(baseline=full).splitlines()
+    for k, (line, row) in enumerate(zip(lines[1:], table.rows)):
+      last = lazy and k == 6
+      assert line.split() == [
+        str(k), str(row.shape), str(row.num_known), str(row.num_predict), str(row.mask_len),
+        f"{row.cfg:.2f}", "9c" if lazy else "9",
+        str(64 + row.num_previous) if last else "all", str(row.decoder_active) if last else "all",
+      ]  # fmt: skip
+    shapes = lines[len(table.rows) + 2 :][: len(table.shapes)]
+    assert [line.split(":")[0] for line in shapes] == [f"shape {i}" for i in range(len(shapes))]
+    assert lines[-3].endswith(
+      f"encoder {table.padding()[0]:.2f}, head {table.padding()[1]:.2f}"
+    )  # fmt: skip
+    assert lines[-2] == f"cache: {table.cache_bytes_per_image / 2**20:.1f} MiB per image in float32"
+    assert lines[-1].endswith(f": {full.flops().total / table.flops().total:.2f}")
+
+
+def test_cache_bytes_are_those_of_the_state():
+  """Of the sampler's caches, but for tokens and order."""
+  for fields in (
+    {"policy": "full"},
+    {"policy": "marche"},
+    {"policy": "marche", "cfg": 1.0},
+    {"policy": "marche", "selection": "carried"},
+    {"policy": "marche", "condition_cache": True, "selection": "carried"},
+    {"policy": "lazymar"},
+  ):
+    plan = make_plan(MAR_B, SampleConfig(num_iter=16, **fields))
+    tokens, order = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
+    state = jax.eval_shape(
+      lambda plan=plan, x=tokens, o=order: sampler.empty_state(plan, x, o, jnp.float32)
+    )
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert plan.cache_bytes_per_image == size - tokens.nbytes - order.nbytes, fields
+
+
+def test_the_unconditional_half_needs_a_full_iteration_before():
+  sample = SampleConfig(num_iter=4)
+  steps = full_steps(MAR_B, sample, 0, [0, 1])
+  steps[1].halves, steps[2].halves = 1, 1
+  plan = build(Draft(MAR_B, sample, 0, steps))
+  first = plan.rows[2].num_known + plan.rows[2].num_predict
+  assert [plan.shapes[row.shape].difference for row in plan.rows] == [first, 0, 0, 0]
+  steps[0].encoder = Refresh(3)  # an encoder that did not run on everything
+  with pytest.raises(ValueError, match="iteration 1 computes the conditional half alone"):
+    build(Draft(MAR_B, sample, 0, steps))
 
 
 @pytest.mark.parametrize(("num_iter", "num_known"), [(257, 0), (57, 200), (1, 256)])
@@ -176,5 +315,5 @@ def test_more_iterations_than_tokens(num_iter, num_known):
 
 
 def test_unknown_policy():
-  with pytest.raises(ValueError, match=r"sample\.policy='fast': expected one of .*full"):
+  with pytest.raises(ValueError, match=r"sample\.policy='fast': unknown .*expected one of full"):
     make_plan(MAR_B, SampleConfig(policy="fast"))
