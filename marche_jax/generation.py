@@ -224,23 +224,22 @@ def initial_state(
   """
   config = plan.config
   batch, s, c = keys.shape[0], config.seq_len, config.token_dim
-  if order is None:
-    order = sampler.arrange(plan, sampler.random_order(keys, s))
-  else:
-    given = _array("order", order, (batch, s), "iu")
-    if not (np.sort(given, axis=1) == np.arange(s)).all():
+  tokens = jnp.zeros((batch, s, c))
+  given = order is not None
+  if given:
+    order = _array("order", order, (batch, s), "iu")
+    if not (np.sort(order, axis=1) == np.arange(s)).all():
       raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
-    order = jnp.asarray(given, jnp.int32)
-  if known is None:
-    return sampler.DecodeState(jnp.zeros((batch, s, c)), order)
-  count_known(config, batch, known)
-  values = _array("known[0]", known[0], (batch, s, c), "f")
-  mask = _array("known[1]", known[1], (batch, s), "iufb") != 0
-  is_known = jnp.take_along_axis(jnp.asarray(~mask), order, axis=1)
-  last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
-  order = jnp.take_along_axis(order, last, axis=1)
-  tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
-  return sampler.DecodeState(tokens, order)
+  order = jnp.asarray(order, jnp.int32) if given else sampler.random_order(keys, s)
+  if known is not None:
+    count_known(config, batch, known)
+    values = _array("known[0]", known[0], (batch, s, c), "f")
+    mask = _array("known[1]", known[1], (batch, s), "iufb") != 0
+    is_known = jnp.take_along_axis(jnp.asarray(~mask), order, axis=1)
+    last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
+    order = jnp.take_along_axis(order, last, axis=1)
+    tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
+  return sampler.DecodeState(tokens, order if given else sampler.arrange(plan, order))
 
 
 def check_labels(labels: Any, config: ModelConfig) -> np.ndarray:

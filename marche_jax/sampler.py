@@ -132,12 +132,13 @@ def arrange(plan: DecodePlan, order: Any) -> jax.Array:
   """Orders int [B, S] under the plan's rule, int32 [B, S].
 
   Positions of a lower stage come first, each stage in the order given; then the tokens of every
-  raster group are put into raster order.
+  raster group are put into raster order. The plan's known tokens, at the end of the order, stay.
   """
   by_rank = jnp.asarray(order, jnp.int32)[:, ::-1]
   sort = lambda key: jnp.take_along_axis(by_rank, jnp.argsort(key, axis=1, stable=True), axis=1)  # noqa: E731
   if plan.stages is not None:
-    by_rank = sort(jnp.asarray(plan.stages, jnp.int32)[by_rank])
+    known = np.arange(by_rank.shape[1]) < plan.rows[0].num_known
+    by_rank = sort(jnp.where(known, -1, jnp.asarray(plan.stages, jnp.int32)[by_rank]))
   if plan.raster_groups:
     size = plan.config.seq_len
     group, raster = np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
