@@ -32,6 +32,10 @@ def lazymar(draft: Draft) -> None:
   changed most.
   """
   config, steps = draft.config, draft.steps
+  if config.decoder_depth == 1:
+    raise ValueError(
+      "model.decoder_depth=1: expected at least 2, of which lazymar prunes after one"
+    )
   layer = min(LAYER, math.ceil(config.decoder_depth / 3))
   if draft.sample.head_cache and len({step.timesteps for step in steps}) > 1:
     raise ValueError(

@@ -1,0 +1,383 @@
+"""Policies: the iterations that each one plans, against the papers' numbers; what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import math
+
+import jax
+import numpy as np
+import pytest
+from golden import DATA
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from marche_jax import sampler
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.diffusion import respaced_timesteps
+from marche_jax.plan import DecodePlan
+from marche_jax.policies import POLICIES, make_plan, parse_policy
+from marche_jax.policies.disa import disa_timesteps
+from marche_jax.policies.gtr import checkerboard_stages, stage_iterations
+from marche_jax.policies.lazymar import kept_share
+
+MAR_B = ModelConfig()
+SMALL = ModelConfig(img_size=96)  # 6x6 tokens
+
+
+def plan(policy: str, config: ModelConfig = MAR_B, num_known: int = 0, **fields) -> DecodePlan:
+  return make_plan(config, SampleConfig(policy=policy, **fields), num_known)
+
+
+def shapes(plan: DecodePlan) -> list:
+  """The step shape of every iteration."""
+  return [plan.shapes[row.shape] for row in plan.rows]
+
+
+def full(shape) -> bool:
+  return shape.encoder.active is None and shape.decoder.active is None
+
+
+def timesteps(plan: DecodePlan) -> list[list[int]]:
+  return [plan.processes[row.process].timesteps.tolist() for row in plan.rows]
+
+
+# ---- names
+
+
+@pytest.mark.parametrize(
+  ("policy", "message"),
+  [
+    ("fast", "unknown policy 'fast'; expected one of full, .*marche"),
+    ("", "unknown policy ''"),
+    ("marche+", "unknown policy ''"),
+    ("marche + disa", "unknown policy 'marche '"),
+    ("marche+marche", "marche stands there twice"),
+    ("full+full", "full stands there twice"),
+    ("marche+lazymar", "marche and lazymar contradict each other, both decide on the tokens"),
+    ("recap+disa+marche", "recap and marche contradict each other"),
+    ("disa+turbo", "disa and turbo contradict each other, both decide on the diffusion steps"),
+    ("turbo+gtr", "turbo and gtr contradict each other, both decide on the order"),
+  ],
+)
+def test_names_that_make_no_sense(policy, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    make_plan(MAR_B, SampleConfig(policy=policy))
+  assert str(caught.value).startswith(f"sample.policy={policy!r}: ")
+
+
+def test_every_policy_is_listed_where_one_is_unknown():
+  with pytest.raises(ValueError) as caught:
+    parse_policy("fast")
+  assert all(name in str(caught.value) for name in POLICIES)
+
+
+def test_the_order_of_names_does_not_matter():
+  assert parse_policy("marche+disa+gtr") == parse_policy("disa+gtr+marche") == [
+    "gtr", "disa", "marche",
+  ]  # fmt: skip
+  assert plan("full+marche").rows == plan("marche").rows
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+  st.sampled_from(["marche+disa+gtr", "recap+disa", "lazymar+gtr"]),
+  st.integers(1, 96),
+  st.sampled_from([1.0, 3.0]),
+)
+def test_combinations_build(policy, num_iter, cfg):
+  """Each policy decides on what it decides alone."""
+  found = plan(policy, num_iter=num_iter, cfg=cfg)
+  names = policy.split("+")
+  counts = plan("gtr" if "gtr" in names else "full", num_iter=num_iter, cfg=cfg)
+  assert [row.num_predict for row in found.rows] == [row.num_predict for row in counts.rows]
+  assert (found.stages is not None) == ("gtr" in names)
+  iterations = len(found.rows)
+  if "disa" in names:
+    steps = [list(disa_timesteps(k, iterations, 999)) for k in range(iterations)]
+    if "recap" in names:  # whose local iterations take 40% of them
+      for k in range(iterations // 2 + 1, iterations, 2):
+        steps[k] = respaced_timesteps(max(1, round(0.4 * len(steps[k])))).tolist()
+    assert timesteps(found) == steps
+  else:
+    assert timesteps(found) == timesteps(counts)
+
+
+# ---- DiSA
+
+
+def test_disa_equals_the_released_timesteps():
+  golden = json.loads((DATA / "peers" / "disa_timesteps.json").read_text())
+  for iterations, rows in golden.items():
+    assert timesteps(plan("disa", num_iter=int(iterations))) == rows
+  assert len(golden) == 3
+  steps = [len(t) for t in timesteps(plan("disa", num_iter=64))]
+  assert (steps[-1], round(np.mean(steps))) == (5, 26)
+  assert plan("disa", num_iter=1).rows[0].num_predict == 256
+  assert len(disa_timesteps(0, 1, 999)) == len(respaced_timesteps(50, 950))
+
+
+def test_disa_respects_a_lower_max_timestep():
+  assert max(max(t) for t in timesteps(plan("disa", num_iter=8, max_timestep=700))) == 700
+
+
+# ---- GtR
+
+
+def test_gtr_takes_half_the_iterations():
+  found = plan("gtr", num_iter=64)
+  assert stage_iterations(64) == [24, 6, 2]
+  predicted = np.asarray([row.num_predict for row in found.rows])
+  assert len(predicted) == 32
+  # A quarter of the tokens in 24 iterations, a quarter in 6, the other half in 2.
+  assert predicted[:24].sum() == predicted[24:30].sum() == 64
+  assert predicted[30:].tolist() == [64, 64]
+  assert set(predicted[:24]) == {2, 3} and set(predicted[24:30]) == {10, 11}
+  steps = [len(t) for t in timesteps(found)]
+  assert (steps[0], steps[29]) == (50, 20) and steps[30:] == [20, 20]
+  assert (np.diff(steps) <= 0).all()
+  for row, shape in zip(found.rows[30:], shapes(found)[30:]):
+    assert row.num_detail == 6  # a tenth
+    assert shape.head.detail >= 6 and shape.head.detail_steps == 50
+    assert len(found.processes[row.detail_process].timesteps) == 50
+  assert not any(row.num_detail for row in found.rows[:30])
+  assert not any(row.num_detail for row in plan("gtr", detail_tokens=False).rows)
+
+
+@pytest.mark.parametrize("grid", [1, 2, 5, 6, 16])
+def test_a_checkerboard(grid):
+  """The last stage is one colour of it: all four neighbours of its tokens are of the other."""
+  stages = checkerboard_stages(ModelConfig(img_size=16 * grid)).reshape(grid, grid)
+  last = stages == 2
+  assert (last == (np.indices((grid, grid)).sum(axis=0) % 2 == 1)).all()
+  sizes = np.bincount(stages.ravel(), minlength=3)
+  assert sizes.sum() == grid**2 and abs(sizes[0] - sizes[1]) <= grid
+
+
+def test_neighbours_are_known_in_the_reconstruction():
+  """In every image: when a token of the last stage is predicted, all its neighbours are there."""
+  found = plan("gtr", SMALL, num_iter=18)
+  keys = sampler.image_keys(jax.random.key(0), np.arange(20))
+  by_rank = np.asarray(sampler.arrange(found, sampler.random_order(keys, 36)))[:, ::-1]
+  np.testing.assert_array_equal(np.sort(by_rank, axis=1), np.tile(np.arange(36), (20, 1)))
+  stage = checkerboard_stages(SMALL)
+  assert (np.diff(stage[by_rank], axis=1) >= 0).all()
+  assert len({tuple(ranks) for ranks in by_rank}) == 20  # still random within a stage
+  checked = 0
+  for ranks in by_rank:
+    known = np.zeros((8, 8), bool)  # the image with a border, where nothing is missing
+    known[[0, -1]], known[:, [0, -1]] = True, True
+    for row in found.rows:
+      now = np.divmod(ranks[row.num_known : row.num_known + row.num_predict], 6)
+      for r, c in zip(*now):
+        if (r + c) % 2 == 1:
+          checked += 1
+          assert known[r, c + 1] and known[r + 2, c + 1] and known[r + 1, c] and known[r + 1, c + 2]
+      known[now[0] + 1, now[1] + 1] = True
+  assert checked == 20 * 18
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 255), st.data())
+def test_gtr_with_any_number_of_iterations(num_known, data):
+  num_iter = data.draw(st.integers(1, 256 - num_known))
+  found = plan("gtr", num_known=num_known, num_iter=num_iter)
+  predicted = np.asarray([row.num_predict for row in found.rows])
+  assert predicted.min() >= 1 and predicted.sum() == 256 - num_known
+  assert len(predicted) <= sum(stage_iterations(num_iter)) <= max(3, math.ceil(num_iter / 2) + 1)
+  assert found.rows[-1].mask_len == 1
+  assert [row.mask_len for row in found.rows[:-1]] == (256 - num_known - predicted.cumsum())[
+    :-1
+  ].tolist()
+
+
+# ---- ReCAP and LazyMAR
+
+
+@pytest.mark.parametrize("num_iter", [1, 2, 7, 64])
+def test_recap(num_iter):
+  """First half full, then pairs of a full and a local iteration."""
+  found = plan("recap", num_iter=num_iter)
+  for k, (row, shape) in enumerate(zip(found.rows, shapes(found))):
+    local = k > num_iter // 2 and (k - num_iter // 2) % 2 == 1
+    assert full(shape) == (not local)
+    assert len(found.processes[row.process].timesteps) == (40 if local else 100)
+    if local:
+      assert row.encoder_active == 64 + row.num_previous
+      assert row.decoder_active == 64 + row.num_previous + row.num_predict
+      assert shape.encoder.buffer and shape.decoder.buffer
+      assert shape.encoder.source == shape.decoder.source == "none"
+      assert shape.halves == 2
+  if num_iter == 64:
+    assert [k for k, s in enumerate(shapes(found)) if not full(s)] == list(range(33, 64, 2))
+    assert found.rows[63].cfg == 3.0  # unlike in `full`, where one token counts as masked
+  assert found.raster_groups == ()
+
+
+def test_recap_in_raster_order():
+  """The two sets of a pair are revealed in raster order; those before in the order given."""
+  found = plan("recap", SMALL, num_known=5, num_iter=8, recap_raster=True)
+  ranks = [(row.num_known, row.num_known + row.num_predict) for row in found.rows]
+  assert found.raster_groups == ((ranks[4][0], ranks[5][1]), (ranks[6][0], ranks[7][1]))
+  order = np.stack([np.random.default_rng(i).permutation(36) for i in range(4)])
+  by_rank, given = np.asarray(sampler.arrange(found, order))[:, ::-1], order[:, ::-1]
+  np.testing.assert_array_equal(by_rank[:, : ranks[4][0]], given[:, : ranks[4][0]])
+  for start, end in found.raster_groups:
+    np.testing.assert_array_equal(by_rank[:, start:end], np.sort(given[:, start:end], axis=1))
+  plain = plan("recap", SMALL, num_iter=8)
+  np.testing.assert_array_equal(sampler.arrange(plain, order), order)
+
+
+def test_lazymar():
+  """Iterations 0 to 5 and every 9th after are full; the others prune by a table."""
+  found = plan("lazymar")
+  lazy = [k for k, s in enumerate(shapes(found)) if s.halves == 1]
+  assert sorted(set(range(64)) - set(lazy)) == [0, 1, 2, 3, 4, 5, 14, 23, 32, 41, 50, 59]
+  table = ((20, 1.0), (21, 0.6), (25, 0.5), (30, 0.4), (35, 0.15), (40, 0.12), (64, 0.05))
+  for k, (row, shape) in enumerate(zip(found.rows, shapes(found))):
+    assert full(shape) == (k not in lazy)
+    share = next(share for end, share in table if k < end)
+    assert kept_share(k, 64) == kept_share(2 * k, 128) == share
+    if k in lazy:
+      assert row.encoder_active == 64 + row.num_previous and shape.encoder.buffer
+      forced = row.num_previous + row.num_predict
+      assert row.decoder_active == max(int(320 * share), forced + 15)
+      assert (shape.decoder.source, shape.decoder.score, shape.decoder.layer) == (
+        "lower", "value", 4,
+      )  # fmt: skip
+  assert not any(s.head.cached for s in shapes(found))
+  assert all(s.head.cached for s in shapes(plan("lazymar", head_cache=True)))
+  assert all(full(s) for s in shapes(plan("lazymar", num_iter=6)))
+
+
+@pytest.mark.parametrize("policy", ["lazymar+disa", "lazymar+gtr"])
+def test_head_cache_needs_one_number_of_steps(policy):
+  with pytest.raises(ValueError, match=r"sample\.head_cache=True: expected the same diffusion"):
+    plan(policy, head_cache=True)
+
+
+def test_lazymar_needs_a_layer_to_prune_at():
+  config = dataclasses.replace(SMALL, decoder_depth=1)
+  with pytest.raises(ValueError, match=r"model\.decoder_depth=1: expected at least 2"):
+    plan("lazymar", config, num_iter=20)
+
+
+# ---- MARché
+
+
+@pytest.mark.parametrize("interval", [1, 3, 64])
+def test_marche_refreshes_at_intervals(interval):
+  found = plan("marche", refresh_interval=interval)
+  assert [full(s) for s in shapes(found)] == [k % interval == 0 for k in range(64)]
+  for row, shape in zip(found.rows, shapes(found)):
+    if not full(shape):
+      assert (row.decoder_active, row.encoder_active) == (64, 32)  # the paper's, and half of it
+      assert (shape.decoder.source, shape.decoder.layer) == ("scout", 2)
+      assert shape.encoder == dataclasses.replace(
+        shape.decoder, slots=shape.encoder.slots, active=shape.encoder.active,
+        forced=shape.encoder.forced,
+      )  # fmt: skip
+      assert not shape.decoder.buffer and shape.halves == 2
+  if interval == 1:
+    everything = plan("full")
+    assert (found.rows, found.shapes) == (everything.rows, everything.shapes)
+
+
+def test_marche_refreshes_where_it_is_told():
+  found = plan("marche", num_iter=10, refresh_iterations=(6, 2))
+  assert [k for k, s in enumerate(shapes(found)) if full(s)] == [0, 2, 6]
+  with pytest.raises(ValueError, match=r"sample\.refresh_iterations: found 10, expected .*0 to 9"):
+    plan("marche", num_iter=10, refresh_iterations=(2, 10))
+
+
+@pytest.mark.parametrize("interval", [0, -1, 2.0])
+def test_refresh_interval_out_of_range(interval):
+  with pytest.raises(
+    ValueError, match=rf"sample\.refresh_interval={interval}: expected an integer"
+  ):
+    plan("marche", refresh_interval=interval)
+
+
+@pytest.mark.parametrize(
+  ("selection", "depth", "last"), [("scout", 3, 3), ("carried", 3, 2), ("lower", 3, 2)]
+)
+def test_select_layer_outside_the_stacks(selection, depth, last):
+  config = dataclasses.replace(SMALL, encoder_depth=5, decoder_depth=depth)
+  fields = {"num_iter": 6, "selection": selection}
+  plan("marche", config, select_layer=last, **fields)
+  message = rf"sample\.select_layer={last + 1}: expected 1 to {last} with selection {selection}"
+  with pytest.raises(ValueError, match=message):
+    plan("marche", config, select_layer=last + 1, **fields)
+  shallow = dataclasses.replace(SMALL, encoder_depth=1)
+  with pytest.raises(ValueError, match=r"sample\.select_layer=2: expected 1 to 1 .*of 1 and 12"):
+    plan("marche", shallow, **fields)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 64), st.integers(1, 9), st.sampled_from(["", "+gtr"]), st.data())
+def test_an_active_size_must_hold_the_forced_tokens(num_iter, interval, more, data):
+  """The error names the iteration and the smallest size that works; that size then works."""
+  field = data.draw(st.sampled_from(["active_size", "encoder_active_size"]))
+  fields = {"num_iter": num_iter, "refresh_interval": interval}
+  rows = plan("marche" + more, **fields).rows
+  forced = {
+    k: row.num_previous + (row.num_predict if field == "active_size" else 0)
+    for k, row in enumerate(rows)
+    if k % interval
+  }
+  assume(forced and max(forced.values()) > 1)
+  need = max(forced.values())
+  given = data.draw(st.integers(1, need - 1))
+  first = next(k for k, n in forced.items() if n > given)
+  message = (
+    rf"sample\.{field}={given}: iteration {first} forces {forced[first]} tokens; the smallest size "
+    rf"that works is {need} "
+  )
+  with pytest.raises(ValueError, match=message):
+    plan("marche" + more, **fields, **{field: given})
+  works = plan("marche" + more, **fields, **{field: need})
+  stack = "decoder_active" if field == "active_size" else "encoder_active"
+  assert all(getattr(works.rows[k], stack) == need for k in forced)
+
+
+def test_the_default_size_is_raised_to_what_is_forced():
+  """Few iterations force more tokens than a fifth."""
+  found = plan("marche", num_iter=4)
+  row = found.rows[2]
+  assert row.num_previous + row.num_predict > 64 == plan("marche").rows[1].decoder_active
+  assert row.decoder_active == row.num_previous + row.num_predict
+  assert row.encoder_active == row.num_previous > 32
+
+
+@pytest.mark.parametrize("field", ["active_size", "encoder_active_size"])
+def test_a_size_above_the_sequence_is_clipped(field, caplog):
+  logging.getLogger("absl").propagate = True
+  with caplog.at_level(logging.WARNING, "absl"):
+    found = plan("marche", SMALL, num_iter=6, **{field: 101})
+  assert caplog.messages == [f"sample.{field}=101: clipped to all 100 positions"]
+  stack = "decoder" if field == "active_size" else "encoder"
+  assert all(getattr(s, stack).active is None for s in shapes(found))  # the plan's shortcut
+  assert not all(full(s) for s in shapes(found))
+
+
+def test_condition_cache_computes_one_half():
+  found = plan("marche", condition_cache=True)
+  assert [s.halves for s in shapes(found)] == [1 if k % 3 else 2 for k in range(64)]
+  assert found.cache_halves == 1
+  unguided = plan("marche", condition_cache=True, cfg=1.0)
+  assert all(s.halves == 1 and s.difference == 0 for s in unguided.shapes)
+
+
+# ---- turbo
+
+
+def test_turbo_is_all_of_it():
+  turbo = importlib.import_module("marche_jax.policies.turbo")
+  found = plan("turbo", num_iter=64)
+  assert len(found.rows) == sum(stage_iterations(round(64 * turbo.SHARE)))
+  assert all(s.head.solver == "dpm++" for s in found.shapes)
+  assert not all(full(s) for s in found.shapes)
+  np.testing.assert_array_equal(found.stages, checkerboard_stages(MAR_B))
