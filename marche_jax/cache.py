@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from marche_jax.models.mar import attention_logits
 
@@ -44,14 +45,20 @@ class KVCache:
     """
     rows = self.k.shape[1]
     at = (layer, 0, 0, 0)
-    put = lambda to, x: jax.lax.dynamic_update_slice(to, x[None, :rows], at)  # noqa: E731
-    return KVCache(put(self.k, k), put(self.v, v))
+    put = lambda to, x: jax.lax.dynamic_update_slice(to, _row_major(x[None, :rows]), at)  # noqa: E731
+    return KVCache(_row_major(put(self.k, k)), _row_major(put(self.v, v)))
 
   def scatter(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     """Stores keys and values [X, A, width] at positions int [X, A]; those out of range drop."""
     sequence = jnp.arange(index.shape[0])[:, None]
     put = lambda to, x: to.at[layer, sequence, index].set(x, mode="drop")  # noqa: E731
     return KVCache(put(self.k, k), put(self.v, v))
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+  """Pins the layout: a TPU would lay a cache out one way to write it and another to scatter into it,
+  and copy it in between."""
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def empty_cache(layers: int, sequences: int, positions: int, width: int, dtype: object) -> KVCache:

@@ -46,6 +46,18 @@ def respaced_timesteps(num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS -
   return np.unique(np.asarray(kept, np.int64))
 
 
+def log_snr_timesteps(num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS - 1) -> np.ndarray:
+  """Training timesteps evenly spaced in log(alpha / sigma), ascending int64 [T].
+
+  From 0 to `max_timestep`, as solvers of higher order want them (arXiv 2206.00927, section 3.4);
+  duplicates are dropped, so T may be smaller than `num_steps`.
+  """
+  alphas_cumprod = np.cumprod(1 - cosine_betas())[: max_timestep + 1]
+  log_snr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))  # descending
+  wanted = np.linspace(log_snr[0], log_snr[-1], num_steps)
+  return np.unique(np.abs(log_snr[None] - wanted[:, None]).argmin(axis=1))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Process:
   """A (respaced) diffusion process; every array is float64 [T] unless said otherwise."""

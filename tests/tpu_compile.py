@@ -9,6 +9,7 @@ compiler in libtpu must not be seen by a process that computes on another backen
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -23,8 +24,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from marche_jax import sampler
-from marche_jax.config import ModelConfig, SampleConfig, freeze
+from marche_jax.config import SampleConfig, freeze
 from marche_jax.models.mar import abstract_params, inference_params
+from marche_jax.plan import DecodePlan, StepShape
 from marche_jax.policies import make_plan
 
 TOPOLOGY = "v5e:2x4"
@@ -50,37 +52,62 @@ def compile_psum(mesh: Mesh) -> Any:
   return jax.jit(total).lower(jax.ShapeDtypeStruct((1024,), "float32", sharding=sharding)).compile()
 
 
-def compile_sampler(
-  mesh: Mesh, config: ModelConfig, sample: SampleConfig, batch_per_chip: int
-) -> tuple[Any, float]:
-  """The compiled `sharded_decode` of one plan on a mesh, in bfloat16; and the seconds it took."""
-  plan = make_plan(config, sample)
-  batch = batch_per_chip * mesh.size
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """What to compile: a plan on a mesh, in bfloat16."""
 
-  def give(spec: PartitionSpec, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+  mesh: Mesh
+  plan: DecodePlan
+  batch_per_chip: int
 
-  everywhere = functools.partial(give, PartitionSpec())
-  data = functools.partial(give, PartitionSpec("data"))
-  params = jax.eval_shape(
-    functools.partial(inference_params, dtype=jnp.bfloat16), abstract_params(config)
-  )
-  params, rows, tables = jax.tree.map(
-    lambda x: everywhere(x.shape, x.dtype), (params, *sampler.plan_rows(plan))
-  )
-  state = sampler.DecodeState(
-    tokens=data((batch, config.seq_len, config.token_dim), jnp.float32),
-    order=data((batch, config.seq_len), jnp.int32),
-  )
-  inputs = sampler.Inputs(
-    labels=data((batch,), jnp.int32), keys=data((batch,), jax.random.key(0).dtype)
-  )
-  decode = sampler.sharded_decode(
-    mesh, config=config, shapes=plan.shapes, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16
-  )
-  start = time.monotonic()
-  compiled = decode.lower(params, state, rows, tables, inputs).compile()
-  return compiled, time.monotonic() - start
+  def compile(self, shapes: tuple[StepShape, ...] | None = None) -> tuple[Any, float]:
+    """The compiled `sharded_decode` (of one row with `shapes`), and the seconds it took."""
+    plan = self.plan if shapes is None else dataclasses.replace(self.plan, shapes=shapes)
+    config, batch = plan.config, self.batch_per_chip * self.mesh.size
+
+    def give(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+
+    def everywhere(tree: Any) -> Any:
+      return jax.tree.map(lambda x: give(x, PartitionSpec()), tree)
+
+    params = jax.eval_shape(
+      functools.partial(inference_params, dtype=jnp.bfloat16), abstract_params(config)
+    )
+    rows, tables = sampler.plan_rows(plan)
+    if shapes is not None:
+      rows = jax.tree.map(lambda x: x[:1], rows)
+    state, inputs = jax.eval_shape(
+      lambda: (
+        sampler.empty_state(
+          self.plan,
+          jnp.zeros((batch, config.seq_len, config.token_dim)),
+          jnp.zeros((batch, config.seq_len), jnp.int32),
+          jnp.bfloat16,
+        ),
+        sampler.Inputs(
+          jnp.zeros(batch, jnp.int32), sampler.image_keys(jax.random.key(0), jnp.arange(batch))
+        ),
+      )
+    )
+    state = jax.tree.map(give, state, sampler.state_specs(self.plan, "data"))
+    inputs = jax.tree.map(lambda x: give(x, PartitionSpec("data")), inputs)
+    decode = sampler.sharded_decode(
+      self.mesh, plan, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16
+    )
+    start = time.monotonic()
+    compiled = decode.lower(everywhere(params), state, *everywhere((rows, tables)), inputs).compile()
+    return compiled, time.monotonic() - start
+
+  def cache_bytes(self) -> int:
+    """Keys and values on one chip."""
+    return _cache_bytes(self.plan, self.batch_per_chip)
+
+
+def _cache_bytes(plan: DecodePlan, batch: int) -> int:
+  c = plan.config
+  width = c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim
+  return 2 * 2 * plan.cache_halves * batch * (c.buffer_size + c.seq_len) * width
 
 
 def main() -> None:
@@ -97,7 +124,8 @@ def main() -> None:
   devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
   mesh = Mesh(np.asarray(devices), ("data",))  # its axes are Auto
   psum = compile_psum(mesh)
-  compiled, seconds = compile_sampler(mesh, config.model, sample, args.batch_per_chip)
+  request = Request(mesh, make_plan(config.model, sample), args.batch_per_chip)
+  compiled, seconds = request.compile()
   memory, hlo = compiled.memory_analysis(), compiled.as_text()
   if args.hlo:
     with open(args.hlo, "w") as file:
@@ -106,7 +134,9 @@ def main() -> None:
     json.dumps(
       {
         "config": config.name,
+        "policy": args.policy,
         "batch_per_chip": args.batch_per_chip,
+        "cache_bytes": request.cache_bytes(),
         "compile_seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.diffusion import respaced_timesteps
+from marche_jax.diffusion import log_snr_timesteps, respaced_timesteps
 from marche_jax.plan import DecodePlan, Draft, build, full_steps
 from marche_jax.policies.disa import disa
 from marche_jax.policies.gtr import gtr
@@ -90,7 +90,8 @@ def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> 
       predict, or a field of a policy out of range; names the field.
   """
   names = parse_policy(sample.policy)
-  timesteps = respaced_timesteps(sample.num_sampling_steps, sample.max_timestep)
+  spaced = log_snr_timesteps if sample.solver == "dpm++" else respaced_timesteps
+  timesteps = spaced(sample.num_sampling_steps, sample.max_timestep)
   draft = Draft(
     config, sample, num_known, full_steps(config, sample, num_known, timesteps.tolist()),
     solver=sample.solver,
