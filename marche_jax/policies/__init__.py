@@ -39,11 +39,11 @@ def full(draft: Draft) -> None:
 POLICIES: dict[str, Policy] = {
   "full": Policy(full, frozenset()),
   "gtr": Policy(gtr, frozenset({"order"})),
+  "turbo": Policy(turbo, frozenset({"order", "steps"})),
   "disa": Policy(disa, frozenset({"steps"})),
   "recap": Policy(recap, frozenset({"cache"})),
   "lazymar": Policy(lazymar, frozenset({"cache"})),
   "marche": Policy(marche, frozenset({"cache"})),
-  "turbo": Policy(turbo, frozenset({"order", "steps", "cache"})),
 }
 
 

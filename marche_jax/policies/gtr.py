@@ -29,31 +29,45 @@ def checkerboard_stages(config: ModelConfig) -> np.ndarray:
   return np.where(diagonal % 2 == 1, 2, diagonal % 4 // 2)
 
 
-def stage_iterations(num_iter: int) -> list[int]:
+def stage_iterations(num_iter: float) -> list[int]:
   """Iterations of the three stages where plain MAR takes `num_iter`: half as many in all."""
   return [max(1, round(of_64 * num_iter / 64)) for _, of_64 in STAGES]
 
 
-def gtr(draft: Draft) -> None:
-  """A checkerboard's one colour slowly, then the other in one or two iterations."""
-  config, sample = draft.config, draft.sample
+def checkerboard(draft: Draft, num_iter: float) -> int:
+  """Replaces a draft's iterations by those of the three stages, with no diffusion steps yet.
+
+  Args:
+    draft: its order and steps are set.
+    num_iter: iterations of plain MAR that these stand for.
+
+  Returns:
+    The first iteration of the reconstruction.
+  """
+  config = draft.config
   draft.stages = checkerboard_stages(config)
   unknown = config.seq_len - draft.num_known
   sizes = np.bincount(draft.stages, minlength=3) / config.seq_len
   ends = np.round(np.cumsum(sizes) * unknown).astype(int)
   predicted: list[int] = []
   first_of_last = 0
-  for stage, count in enumerate(stage_iterations(sample.num_iter)):
+  for stage, count in enumerate(stage_iterations(num_iter)):
     first_of_last = len(predicted)
     size = int(ends[stage]) - sum(predicted)
     count = min(count, size)  # few tokens may be left where many are known
     predicted += np.diff(np.round(np.linspace(0, size, count + 1)).astype(int)).tolist()
   after = unknown - np.cumsum(predicted)
   mask_len = np.maximum(after, 1)  # the last counts one, as in the reference
-  limit = sample.max_timestep
   draft.steps = make_steps(
-    config, sample, draft.num_known, mask_len, np.asarray(predicted), range(1)
+    config, draft.sample, draft.num_known, mask_len, np.asarray(predicted), range(1)
   )
+  return first_of_last
+
+
+def gtr(draft: Draft) -> None:
+  """A checkerboard's one colour slowly, then the other in one or two iterations."""
+  sample = draft.sample
+  first_of_last = checkerboard(draft, sample.num_iter)
   for k, step in enumerate(draft.steps):
     if k < first_of_last:
       share = k / max(1, first_of_last - 1)
@@ -62,5 +76,5 @@ def gtr(draft: Draft) -> None:
       count = LAST
       if sample.detail_tokens:
         step.num_detail = max(1, round(DETAIL_SHARE * step.num_predict))
-        step.detail_timesteps = tuple(respaced_timesteps(DETAIL, limit).tolist())
-    step.timesteps = tuple(respaced_timesteps(count, limit).tolist())
+        step.detail_timesteps = tuple(respaced_timesteps(DETAIL, sample.max_timestep).tolist())
+    step.timesteps = tuple(respaced_timesteps(count, sample.max_timestep).tolist())
