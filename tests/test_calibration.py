@@ -1,0 +1,217 @@
+"""`sample --calibrate` and `--policy=FILE.json`: where full refreshes go, and the file of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import golden
+import jax
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from marche_jax import calibration, checkpoint, sample, sampler
+from marche_jax.checkpoint import Model
+from marche_jax.plan import DecodePlan
+from marche_jax.policies import make_plan
+
+MARCHE = dataclasses.replace(tiny.SAMPLE, policy="marche", num_iter=8, num_sampling_steps=2)
+BUFFER, SIZE = tiny.MODEL.buffer_size, tiny.MODEL.seq_len
+
+
+def total_drift(drift: np.ndarray, refreshes: tuple[int, ...]) -> float:
+  return sum(drift[max(r for r in refreshes if r <= k), k] for k in range(len(drift)))
+
+
+# --- the choice
+
+
+@st.composite
+def drifts(draw: st.DrawFn) -> tuple[np.ndarray, int]:
+  """A drift (integers, so that sums are exact) and a number of refreshes."""
+  n = draw(st.integers(1, 7))
+  values = draw(st.lists(st.integers(0, 20), min_size=n * n, max_size=n * n))
+  return np.triu(np.asarray(values, float).reshape(n, n), 1), draw(st.integers(1, n))
+
+
+@given(drifts())
+@settings(deadline=None)
+def test_no_other_refreshes_leave_less_drift(case: tuple[np.ndarray, int]) -> None:
+  drift, count = case
+  chosen = calibration.choose_refreshes(drift, count)
+  assert chosen[0] == 0 and len(set(chosen)) == count and list(chosen) == sorted(chosen)
+  others = itertools.combinations(range(1, len(drift)), count - 1)
+  assert total_drift(drift, chosen) == min(total_drift(drift, (0, *rest)) for rest in others)
+
+
+def test_a_jump_is_followed_by_a_refresh() -> None:
+  """Keys and values that change once, before iteration 4, are computed anew there."""
+  drift = np.zeros((6, 6))
+  drift[:4, 4:] = 1.0
+  assert calibration.choose_refreshes(drift, 2) == (0, 4)
+
+
+# --- the drift
+
+
+@pytest.fixture(scope="module")
+def plan() -> DecodePlan:
+  return make_plan(tiny.MODEL, dataclasses.replace(MARCHE, refresh_interval=1))
+
+
+def sketches_of(plan: DecodePlan) -> list[list[np.ndarray]]:
+  """Two layers of encoder and decoder, everywhere 1."""
+  return [[np.ones((2, 1, BUFFER + SIZE, 1)) for _ in range(2)] for _ in plan.rows]
+
+
+def test_drift_by_hand(plan: DecodePlan) -> None:
+  """Of iteration 5 from iteration 2; a buffer token and one still masked change from 1 to 3."""
+  sketches = sketches_of(plan)
+  sketches[5][0][0, :, 0] = sketches[5][1][0, :, 0] = 3  # in the first of two layers
+  sketches[5][1][0, :, -1] = 3
+  drift = calibration.drift_of_sketches(sketches, plan)
+  known = BUFFER + plan.rows[2].num_known
+  masked = SIZE - plan.rows[5].num_known - plan.rows[5].num_predict
+  assert masked > 0
+  encoder = (3 - 1) ** 2 / (known - 1 + 3**2)
+  decoder = 2 * (3 - 1) ** 2 / (known + masked - 2 + 2 * 3**2)
+  assert drift[2, 5] == pytest.approx((encoder / 2 + decoder / 2) / 2)
+  assert drift[2, 4] == drift[6, 7] == 0 and drift[5, 6] > 0
+  assert (np.tril(drift) == 0).all()
+
+
+def test_forced_tokens_do_not_count(plan: DecodePlan) -> None:
+  """Those that became known since the refresh are recomputed in between."""
+  sketches, r, k = sketches_of(plan), 1, 4
+  known = BUFFER + plan.rows[r].num_known
+  later = BUFFER + plan.rows[k].num_known + plan.rows[k].num_predict
+  for stack in sketches[k]:
+    stack[:, :, known:later] = 7
+  assert calibration.drift_of_sketches(sketches, plan)[r, k] == 0
+  for place, stacks in ((known - 1, (0, 1)), (later, (1,))):  # the neighbours of those do
+    for stack in stacks:
+      changed = [[s.copy() for s in both] for both in sketches]
+      changed[k][stack][:, :, place] = 7
+      assert calibration.drift_of_sketches(changed, plan)[r, k] > 0
+  sketches[k][0][:, :, later:] = 7  # the encoder does not see masked tokens
+  assert calibration.drift_of_sketches(sketches, plan)[r, k] == 0
+
+
+# --- a model
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+  return Model(tiny.MODEL, golden.random_params(tiny.MODEL), sample_config=tiny.SAMPLE)
+
+
+@pytest.mark.parametrize(
+  "changes", [{}, {"condition_cache": True}], ids=["both halves", "one half"]
+)
+def test_a_calibrated_plan_costs_no_more(model: Model, changes: dict[str, Any]) -> None:
+  given = dataclasses.replace(MARCHE, **changes)
+  chosen, drift = calibration.calibrate(model, given, [0, 1], jax.random.key(0))
+  assert drift.shape == (8, 8) and np.isfinite(drift).all()
+  assert (drift[np.triu_indices(8, 1)] > 0).all() and (np.tril(drift) == 0).all()
+  assert chosen == dataclasses.replace(given, refresh_iterations=chosen.refresh_iterations)
+  flops = [make_plan(tiny.MODEL, s).flops(padded=False).total for s in (chosen, given)]
+  assert flops[0] <= flops[1]
+  plan = make_plan(tiny.MODEL, chosen)
+  full = [k for k, row in enumerate(plan.rows) if plan.shapes[row.shape].decoder.active is None]
+  assert full == list(chosen.refresh_iterations)
+  every_third = tuple(range(0, 8, given.refresh_interval))
+  if len(full) == len(every_third):
+    assert total_drift(drift, chosen.refresh_iterations) <= total_drift(drift, every_third)
+
+
+def test_a_policy_without_marche(model: Model) -> None:
+  for policy in ("full", "lazymar+disa"):
+    without = dataclasses.replace(tiny.SAMPLE, policy=policy)
+    with pytest.raises(ValueError, match="expected marche in what is to be calibrated"):
+      calibration.calibrate(model, without, [0], jax.random.key(0))
+
+
+# --- the file
+
+
+@pytest.fixture
+def saved(tmp_path: pathlib.Path) -> pathlib.Path:
+  path = tmp_path / "plan.json"
+  chosen = dataclasses.replace(MARCHE, policy="marche+disa", refresh_iterations=(0, 3, 5))
+  calibration.save_plan(path, tiny.MODEL, chosen, np.arange(64.0).reshape(8, 8))
+  return path
+
+
+def test_plan_file(saved: pathlib.Path) -> None:
+  given = dataclasses.replace(tiny.SAMPLE, num_iter=8, cfg=1.5)
+  loaded = calibration.load_plan(saved, tiny.MODEL, given)
+  expected = {"policy": "marche+disa", "refresh_iterations": (0, 3, 5)}
+  assert loaded == dataclasses.replace(given, **expected)
+  # drift[r, k] = 8 r + k
+  assert json.loads(saved.read_text())["drift"] == [0, 1, 2, 27, 28, 45, 46, 47]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_iter": 9}, "made for num_iter=9, expected 8"),
+    ({"seq_len": 256}, "made for seq_len=256, expected 16"),
+    ({"format": "another"}, "expected a plan file of --calibrate"),
+    ({"policy": None}, "missing field policy"),
+    ({"refresh_iterations": None}, "missing field refresh_iterations"),
+    ({"refresh_iterations": [0, "3"]}, "refresh_iterations"),
+  ],
+)
+def test_wrong_plan_files(saved: pathlib.Path, changes: dict[str, Any], message: str) -> None:
+  """None: the field is not there."""
+  content = {**json.loads(saved.read_text()), **changes}
+  saved.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+  with pytest.raises(ValueError, match=message):
+    calibration.load_plan(saved, tiny.MODEL, MARCHE)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe"])
+def test_files_that_are_no_plans(tmp_path: pathlib.Path, content: bytes) -> None:
+  (tmp_path / "plan.json").write_bytes(content)
+  with pytest.raises(ValueError, match=r"plan\.json: expected a plan file of --calibrate"):
+    calibration.load_plan(tmp_path / "plan.json", tiny.MODEL, MARCHE)
+
+
+def test_bad_flags(model: Model, tmp_path: pathlib.Path) -> None:
+  """Told before anything is compiled."""
+  with pytest.raises(ValueError, match=r"--calibrate=plan\.txt: .* ends in \.json"):
+    sample.write_calibrated("plan.txt", model, MARCHE)
+  with pytest.raises(ValueError, match="file: expected a directory"):
+    (tmp_path / "file").touch()
+    sample.write_calibrated(str(tmp_path / "file" / "plan.json"), model, MARCHE)
+  with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+    sample.with_policy(str(tmp_path / "absent.json"), tiny.MODEL, MARCHE)
+
+
+def test_command(model: Model, tmp_path: pathlib.Path) -> None:
+  """Of a model that decodes in full unless it is told otherwise; nothing is drawn."""
+  stored, path = tmp_path / "model", tmp_path / "plan.json"
+  checkpoint.save_model(stored, "mar", tiny.MODEL, model.params, sample_config=tiny.SAMPLE)
+  done = subprocess.run(
+    [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", f"--calibrate={path}",
+     f"--out={tmp_path / 'out'}", "--compilation_cache="],
+    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    capture_output=True, text=True, timeout=240,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  refreshes = json.loads(path.read_text())["refresh_iterations"]
+  assert f"full refreshes at iterations {', '.join(map(str, refreshes))}: {path}" in done.stdout
+  assert not (tmp_path / "out").exists()
+  used = sample.with_policy(str(path), tiny.MODEL, tiny.SAMPLE)
+  assert used == dataclasses.replace(
+    tiny.SAMPLE, policy="marche", refresh_iterations=tuple(refreshes)
+  )
