@@ -117,7 +117,11 @@ def model() -> Model:
 @pytest.mark.parametrize(
   "changes", [{}, {"condition_cache": True}], ids=["both halves", "one half"]
 )
-def test_a_calibrated_plan_costs_no_more(model: Model, changes: dict[str, Any]) -> None:
+def test_a_calibrated_plan_costs_no_more(
+  model: Model, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+  quick = golden.quick_jit(sampler.decode, static_argnames=sampler.STATIC)
+  monkeypatch.setattr(sampler, "jitted_decode", quick)
   given = dataclasses.replace(MARCHE, **changes)
   chosen, drift = calibration.calibrate(model, given, [0, 1], jax.random.key(0))
   assert drift.shape == (8, 8) and np.isfinite(drift).all()
