@@ -150,7 +150,7 @@ def _label(
   figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, bounds: np.ndarray, names: Sequence[str]
 ) -> None:
   """Names points, each at the nearest place where its text covers no point, bar or other text."""
-  figure.canvas.draw()  # lays the axes out
+  figure.draw_without_rendering()  # lays the axes out
   points, low, high = (
     axes.transData.transform(np.column_stack([x, of])) for of in (y, bounds[:, 0], bounds[:, 1])
   )
@@ -161,7 +161,7 @@ def _label(
             for (px, bottom), (_, top) in zip(low / pixels, high / pixels)]  # fmt: skip
   inside = tuple(v / pixels for v in (frame.x0, frame.y0, frame.x1, frame.y1))
   for name, (px, py) in zip(names, points / pixels, strict=True):
-    text = axes.annotate(name, (0, 0), fontsize=9, color=INK)
+    text = figure.text(0.5, 0.5, name, fontsize=9)  # to measure it
     size = text.get_window_extent()
     width, height = size.width / pixels, size.height / pixels
     text.remove()
@@ -170,8 +170,9 @@ def _label(
     away = max(left - px, px - left - width, bottom - py, py - bottom - height) > 12
     axes.annotate(
       name, axes.transData.inverted().transform((px * pixels, py * pixels)),
-      xytext=(left - px, bottom - py), textcoords="offset points", fontsize=9, color=INK,
-      arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if away else None, zorder=4,
+      xytext=(left - px, bottom - py), textcoords="offset points", va="bottom", fontsize=9,
+      arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if away else None,
+      color=INK, zorder=4,
     )  # fmt: skip
 
 

@@ -1,8 +1,7 @@
-"""`python -m marche_jax.benchmark`: its report, its errors, and programs kept between starts."""
+"""`python -m marche_jax.benchmark`: what it writes, its errors, and programs that are kept."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -14,13 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
-from marche_jax import benchmark, checkpoint
-from marche_jax.config import SampleConfig
+from marche_jax import benchmark, checkpoint, tables
 from marche_jax.models import mar
-from marche_jax.policies import make_plan
 
-SAMPLE = dataclasses.replace(tiny.SAMPLE, num_iter=2)
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
 from tiny import MODEL, SAMPLE
@@ -30,102 +27,83 @@ def get_config():
 """
 
 
-@pytest.fixture(scope="module")
-def params() -> dict:
-  return benchmark.random_params(tiny.MODEL)
-
-
-@pytest.fixture(autouse=True)
-def small_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Only the command lines below need the machine's true peak."""
-  monkeypatch.setattr(benchmark, "matmul_peak", lambda dtype: 1e12)
-
-
-def test_random_weights_are_complete_and_nowhere_zero(params: dict) -> None:
+def test_random_weights_are_complete_and_nowhere_zero() -> None:
+  params = benchmark.random_params(tiny.MODEL)
   expected = mar.abstract_params(tiny.MODEL)
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
   assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(params))
-
-
-def test_report(params: dict) -> None:
-  report = benchmark.measure(tiny.MODEL, params, SAMPLE, batch_size=2, repeats=2)
-  plan = make_plan(tiny.MODEL, SAMPLE)
-  assert len(report["runs"]) == 2 and min(report["runs"]) > 0
-  seconds, split = report["seconds_per_image"], report["split_seconds"]
-  assert seconds["min"] <= seconds["median"] <= seconds["max"]
-  assert min(split[part] for part in ("encoder", "decoder", "head")) > 0
-  assert sum(split.values()) == pytest.approx(seconds["median"])
-  flops = report["gflops_per_image"]
-  assert flops["total"] == pytest.approx(plan.flops().total / 1e9)
-  exact = plan.flops(padded=False).total
-  assert flops["without_padding"] == pytest.approx(exact / 1e9)
-  assert report["padding"] == dict(zip(("encoder", "head"), plan.padding(), strict=True))
-  fraction = flops["total"] * 1e9 / seconds["median"] / 1e12
-  assert report["fraction_of_peak"]["total"] == pytest.approx(fraction)
-  assert report["weight_bytes"] == 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert report["temporary_bytes"] > 0 and report["compile_seconds"] > 0
-  assert json.loads(json.dumps(report)) == report
-  text = benchmark.table({"name": "tiny", **report})
-  assert f"{seconds['median']:10.3f}" in text and "policy full, 2 iterations" in text
-
-
-@pytest.mark.parametrize(
-  ("sample", "options", "message"),
-  [
-    (SAMPLE, {"batch_size": 0}, "batch_size=0: expected at least 1"),
-    (SAMPLE, {"repeats": 0}, "repeats=0: expected at least 1"),
-    (SampleConfig(num_iter=17), {}, "sample.num_iter=17: expected 1 to 16"),
-  ],
-)
-def test_values_out_of_range(
-  params: dict, sample: SampleConfig, options: dict, message: str
-) -> None:
-  with pytest.raises(ValueError, match=message):
-    benchmark.measure(tiny.MODEL, params, sample, **options)
-
-
-def test_latents_that_are_not_finite(params: dict) -> None:
-  broken = {**params, "mask_token": params["mask_token"] * jnp.nan}
-  sample = dataclasses.replace(SAMPLE, num_iter=1)
-  with pytest.raises(ValueError, match="non-finite latents at iteration 0 of 1"):
-    benchmark.measure(tiny.MODEL, broken, sample, repeats=1)
 
 
 def start(path: pathlib.Path, *argv: str) -> subprocess.CompletedProcess:
   (path / "config.py").write_text(CONFIG)
   return subprocess.run(
     [sys.executable, "-m", "marche_jax.benchmark", "--config=config.py",
-     "--config.sample.num_iter=1", "--repeats=1", *argv],
+     "--config.sample.num_iter=1", *argv],
     cwd=path, capture_output=True, text=True,
     env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
   )  # fmt: skip
 
 
-def test_a_second_start_takes_the_program_from_the_cache(tmp_path: pathlib.Path) -> None:
-  """With `--checkpoint` as well as with `--random_weights`: weights are no part of a program."""
+def test_one_policy_and_then_two(tmp_path: pathlib.Path) -> None:
+  """The second start takes the program from the cache: weights are no part of it."""
   params = mar.init_params(tiny.MODEL, jax.random.key(0))
   checkpoint.save_model(tmp_path / "model", "mar", tiny.MODEL, params)
-  reports = []
-  for weights in ("--random_weights", "--checkpoint=model"):
-    done = start(tmp_path, weights, "--compilation_cache=cache")
-    assert done.returncode == 0, done.stderr
-    reports.append(json.loads((tmp_path / "benchmark.json").read_text()))
-    assert benchmark.table(reports[-1]) in done.stdout
-  assert [r["compiled_from_cache"] for r in reports] == [False, True]
-  assert reports[1]["compile_seconds"] < reports[0]["compile_seconds"]
-  assert [r["weights"] for r in reports] == ["random", "model"]
-  assert reports[0]["matmul_peak_gflops"] > 1  # measured here
+  cache = "--compilation_cache=cache"
+  done = start(tmp_path, "--random_weights", "--repeats=1", cache)
+  assert done.returncode == 0, done.stderr
+  one = json.loads((tmp_path / "benchmark.json").read_text())
+  assert tables.single_table(one) in done.stdout
+  assert one["policy"] == "full" and one["weights"] == "random" and len(one["runs"]) == 1
+  assert one["name"] == "tiny" and not one["compiled_from_cache"]
+  assert min(one["split_seconds"][part] for part in ("encoder", "decoder", "head")) > 0
+  assert sum(one["split_seconds"].values()) == pytest.approx(one["seconds_per_image"]["typical"])
+  assert one["memory_bytes"]["temporary"] > 0 and one["matmul_peak_gflops"] > 1  # measured here
+
+  done = start(tmp_path, "--checkpoint=model", "--policies=full,full:cfg=1.5",
+               "--repeats=2", "--nosplit", "--plot=speed.png", "--out=two.json", cache)  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  two = json.loads((tmp_path / "two.json").read_text())
+  assert tables.speed_table(two) in done.stdout and two["weights"] == "model"
+  full, other = two["policies"].values()
+  assert full["compiled_from_cache"] and full["compile_seconds"] < one["compile_seconds"]
+  assert list(two["policies"]) == ["full", "full:cfg=1.5"]
+  assert other["sample"]["cfg"] == 1.5 and len(other["runs"]) == 2
+  rounds = [line for line in done.stderr.splitlines() if line.startswith("round")]
+  assert rounds == [f"round {i} of 2: {name}" for i in (1, 2) for name in two["policies"]]
+  assert Image.open(tmp_path / "speed.png").format == "PNG"
+
+
+def test_quality(tmp_path: pathlib.Path) -> None:
+  """On a model that the classifier cannot judge: differences and pictures, but no plane."""
+  params = mar.init_params(tiny.MODEL, jax.random.key(0))
+  checkpoint.save_model(tmp_path / "model", "mar", tiny.MODEL, params)
+  done = start(tmp_path, "--quality", "--checkpoint=model", "--num_images=3", "--batch_size=2",
+               "--policies=full,full:temperature=0.5", "--quality_out=q", "--compilation_cache=")  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  report = json.loads((tmp_path / "q" / "quality.json").read_text())
+  assert tables.quality_table(report) in done.stdout
+  assert report["policies"]["full:temperature=0.5"]["difference"]["latent_rmse"] > 0
+  assert report["num_images"] == 3 and report["weights"] == "model"
+  assert "no q/quality.png: the plane of speed and quality" in done.stderr
+  with Image.open(tmp_path / "q" / "images.png") as picture:
+    assert picture.size[0] > 3 * 8 * 7
+  assert len(list((tmp_path / "q" / "batches").rglob("*.npz"))) == 4
 
 
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
-    ([], "error: expected one of --checkpoint=DIR and --random_weights\n"),
+    ([], "error: --checkpoint is missing: only fashion_mnist is embedded"),
     (["--random_weights", "--out=absent/report.json"], "error: --out=absent/report.json: expected"),
+    (["--random_weights", "--policies=full,marche:speed=3"],
+     "error: --policies, 'marche:speed=3': unknown field 'speed'; expected one of num_iter, "),
+    (["--random_weights", "--policy=gtr", "--policies=full"], "error: expected one of --policy"),
+    (["--quality", "--estimate"], "error: --estimate: not with --quality"),
   ],
-)
+)  # fmt: skip
 def test_mistakes_on_the_command_line(
   tmp_path: pathlib.Path, argv: list[str], message: str
 ) -> None:
   done = start(tmp_path, *argv, "--compilation_cache=")
-  assert done.returncode == 1 and done.stderr.startswith(message)
+  assert done.returncode == 1 and done.stderr.startswith(message), done.stderr
+  assert len(done.stderr.splitlines()) == 1
