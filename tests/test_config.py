@@ -63,6 +63,15 @@ BAD = {
     "cfg": (-0.1, math.nan, math.inf, "3"),
     "temperature": (-0.1, math.nan, math.inf, "1"),
     "cfg_schedule": ("cosine", "", None),
+    "solver": ("ddim", "", None),
+    "policy": (None, 3, ("marche",)),
+    **dict.fromkeys(("active_size", "encoder_active_size"), NON_NEGATIVE_INT),
+    **dict.fromkeys(("refresh_interval", "select_layer"), POSITIVE_INT),
+    "refresh_iterations": (3, None, "3", (-1,), (0, 1.5), [0, "1"]),
+    "selection": ("none", None),
+    **dict.fromkeys(
+      ("condition_cache", "recap_raster", "head_cache", "detail_tokens"), (0, 1, None, "True")
+    ),
   },
   DataConfig: {
     "source": ("imagenet", None),
@@ -82,7 +91,7 @@ BAD = {
   },
 }  # fmt: skip
 
-UNRESTRICTED = {"path", "flip", "remat", "policy"}  # `make_plan` knows the policies
+UNRESTRICTED = {"path", "flip", "remat"}
 
 
 @pytest.mark.parametrize("cls", BAD)
@@ -174,3 +183,10 @@ def test_stacks_may_differ():
   assert params["decoder_blocks"]["qkv"]["kernel"].shape == (5, 32, 96)
   assert params["decoder_embed"]["kernel"].shape == (48, 32)
   assert params["head"]["cond_embed"]["kernel"].shape == (32, 1024)
+
+
+def test_refresh_iterations_are_a_sorted_tuple():
+  """However they were written, a configuration is a static argument of jit."""
+  sample = SampleConfig(refresh_iterations=[9, 3, 9])
+  assert sample.refresh_iterations == (3, 9)
+  assert hash(sample) == hash(SampleConfig(refresh_iterations=(3, 9)))

@@ -22,6 +22,7 @@ from marche_jax import diffusion, head_sampler, sampler
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.models import mar
 from marche_jax.models.head import Head
+from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the reference's standard deviation
@@ -53,9 +54,12 @@ def run(params, image_ids, labels, **kwargs):
   )
 
 
-def start(keys) -> sampler.DecodeState:
+def start(keys, plan: DecodePlan | None = None) -> sampler.DecodeState:
+  """The state before the first iteration, by default of the policy full."""
   tokens = np.zeros((len(keys), SMALL.seq_len, SMALL.token_dim), np.float32)
-  return sampler.DecodeState(tokens, sampler.random_order(keys, SMALL.seq_len))
+  plan = make_plan(SMALL, SAMPLE) if plan is None else plan
+  order = sampler.arrange(plan, sampler.random_order(keys, SMALL.seq_len))
+  return sampler.empty_state(plan, tokens, order, jnp.float32)
 
 
 # ---- recorded runs
@@ -105,7 +109,7 @@ def test_head_in_the_loop_equals_the_head():
   def both(params, x, t, z):
     weights = head_sampler.prepare(params["head"], config, t[None], jnp.float32)
     cond = z @ weights.cond_embed["kernel"] + weights.cond_embed["bias"]
-    modulation = head_sampler.modulations(weights, weights.time[0], cond)  # of all pairs (t, z)
+    modulation = head_sampler.modulations(weights.modulation, weights.time[0], cond)  # of all pairs (t, z)
     own = modulation[jnp.arange(len(t)), jnp.arange(len(t))]
     module = Head(config).apply({"params": params["head"]}, x, t, z)
     return head_sampler.denoise(weights, x, own), module
@@ -291,7 +295,7 @@ mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 arguments = params, t.start(keys), rows, tables, sampler.Inputs(labels, keys)
 with jax.default_matmul_precision("highest"):
   whole, _, _ = t.run(params, ids, labels)
-  lowered = sampler.sharded_decode(mesh, config=t.SMALL, shapes=plan.shapes).lower(*arguments)
+  lowered = sampler.sharded_decode(mesh, plan).lower(*arguments)
   compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
   parts, finite, _ = compiled(*arguments)
 assert len(parts.tokens.sharding.device_set) == 2
