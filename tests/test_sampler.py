@@ -109,7 +109,8 @@ def test_head_in_the_loop_equals_the_head():
   def both(params, x, t, z):
     weights = head_sampler.prepare(params["head"], config, t[None], jnp.float32)
     cond = z @ weights.cond_embed["kernel"] + weights.cond_embed["bias"]
-    modulation = head_sampler.modulations(weights.modulation, weights.time[0], cond)  # of all pairs (t, z)
+    # Of all pairs (t, z).
+    modulation = head_sampler.modulations(weights.modulation, weights.time[0], cond)
     own = modulation[jnp.arange(len(t)), jnp.arange(len(t))]
     module = Head(config).apply({"params": params["head"]}, x, t, z)
     return head_sampler.denoise(weights, x, own), module
