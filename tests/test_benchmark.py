@@ -78,7 +78,8 @@ def test_quality(tmp_path: pathlib.Path) -> None:
   params = mar.init_params(tiny.MODEL, jax.random.key(0))
   checkpoint.save_model(tmp_path / "model", "mar", tiny.MODEL, params)
   done = start(tmp_path, "--quality", "--checkpoint=model", "--num_images=3", "--batch_size=2",
-               "--policies=full,full:temperature=0.5", "--quality_out=q", "--compilation_cache=")  # fmt: skip
+               "--policies=full,full:temperature=0.5", "--quality_out=q",
+               "--compilation_cache=")  # fmt: skip
   assert done.returncode == 0, done.stderr
   report = json.loads((tmp_path / "q" / "quality.json").read_text())
   assert tables.quality_table(report) in done.stdout
