@@ -144,7 +144,7 @@ def draw(
   if todo:
     generation.compile_to_images(model, batch_size)
   run = secrets.token_hex(8)
-  for start, entry in (bar := tqdm(todo, desc="drawing", unit="batch", smoothing=0)):
+  for start, entry in (bar := tqdm(todo, "drawing", unit="batch", smoothing=0, disable=not todo)):
     file = _file(places[entry.name], start)
     if file.exists():  # another entry decodes in the same way
       continue
