@@ -113,7 +113,7 @@ def denoise(weights: HeadWeights, x: jax.Array, modulation: jax.Array) -> jax.Ar
   return _denoise_and_store(weights, x, modulation)[0]
 
 
-def _steps_together(steps: int, rows: int) -> int:
+def steps_together(steps: int, rows: int) -> int:
   """Diffusion steps that share a modulation product of at most `MODULATION_ROWS` rows."""
   most = max(1, min(steps, MODULATION_ROWS // rows))
   return -(-steps // -(-steps // most))  # as many each time, but for the last
@@ -182,7 +182,7 @@ def sample(
     return _sample_cached(weights, cond, time, halves, steps, cfg, start, advance)
 
   static = steps if isinstance(steps, int) else None
-  together = _steps_together(static or time.shape[0], cond.shape[0])
+  together = steps_together(static or time.shape[0], cond.shape[0])
 
   def run(chunk: jax.Array, state: tuple) -> tuple:
     last = steps - 1 - chunk * together  # index of the chunk's first executed step

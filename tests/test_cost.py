@@ -294,7 +294,7 @@ def test_head_with_steps_of_the_row(predicted: int, steps: int) -> None:
   longest, rows = 12, 2 * predicted
   shape = HeadShape(predicted, None)
   executed = executed_by_head(shape, 2, steps=steps, longest=longest)
-  together = head_sampler._steps_together(longest, rows)
+  together = head_sampler.steps_together(longest, rows)
   padding = -(-steps // together) * together - steps
   modulation = rows * 2 * (3 * CONFIG.diffloss_d + 2) * CONFIG.diffloss_w**2
   assert executed == cost.head_flops(CONFIG, shape, True, steps) + padding * modulation

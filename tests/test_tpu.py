@@ -10,6 +10,8 @@ import json
 import os
 import pathlib
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -26,7 +28,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 CHIP_BYTES = 16 * 2**30  # memory of a v5e chip
 
 
-def _compile(config: str, batch_per_chip: int) -> dict[str, Any]:
+def _compile(config: str, batch_per_chip: int, *options: str) -> dict[str, Any]:
   """What `tpu_compile.py` reports."""
   python = os.environ.get("MARCHE_TPU_PYTHON")
   if not python:
@@ -39,27 +41,66 @@ def _compile(config: str, batch_per_chip: int) -> dict[str, Any]:
     "PYTHONPATH": str(ROOT),
   }
   done = subprocess.run(
-    [python, "tests/tpu_compile.py", f"configs/{config}.py", str(batch_per_chip)],
+    [python, "tests/tpu_compile.py", f"configs/{config}.py", str(batch_per_chip), *options],
     cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-4000:]
   return json.loads(done.stdout.splitlines()[-1])
 
 
-# The largest powers of two that fit a chip: temporary memory is proportional to the batch, 24 MB an
-# image for MAR-B and 39 MB for MAR-H. A compilation takes minutes.
+# Images per chip: for `full` the largest powers of two that fit, its temporary memory being
+# proportional to the batch; with caches fewer. A compilation takes minutes on one core, so they run
+# in the background from the first test on.
+REQUESTS = {
+  ("mar_base", "full"): 512,
+  ("mar_huge", "full"): 256,
+  ("mar_base", "marche"): 64,
+  ("mar_huge", "marche"): 32,
+  ("mar_base", "turbo"): 256,
+  ("mar_huge", "turbo"): 128,
+}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[tuple[str, str], Future]]:
+  """A report of `tpu_compile.py` per request, two compilations at a time."""
+  with ThreadPoolExecutor(2) as pool:
+    futures = {
+      (config, policy): pool.submit(_compile, config, batch, f"--policy={policy}")
+      for (config, policy), batch in REQUESTS.items()
+    }
+    yield futures
+    pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("config, batch_per_chip", [("mar_base", 512), ("mar_huge", 256)])
-def test_full_decoding_compiles_for_v5e(config: str, batch_per_chip: int) -> None:
-  report = _compile(config, batch_per_chip)
+@pytest.mark.parametrize("config, policy", REQUESTS)
+def test_decoding_compiles_for_v5e(compiled: dict, config: str, policy: str) -> None:
+  """It fits a chip, has no collective, and neither copies the cache nor needs its size again."""
+  report = compiled[config, policy].result()
   print(json.dumps(report))
   assert report["collectives_of_psum"] == ["all-reduce"]  # the search finds them where they are
   assert report["collectives"] == []
+  assert report["copies_of_caches"] == 0
   used = (
     report["argument_bytes"] + report["output_bytes"] - report["alias_bytes"]
     + report["temp_bytes"] + report["code_bytes"]
   )  # fmt: skip
   assert used <= CHIP_BYTES, f"{used / 2**30:.2f} GiB per chip"
+  if report["cache_bytes"]:
+    plain = compiled[config, "full"].result()
+    temporary = plain["temp_bytes"] * report["batch_per_chip"] / plain["batch_per_chip"]
+    assert report["temp_bytes"] < temporary + report["cache_bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["marche", "turbo"])
+def test_compiled_flops_of_every_step_shape(policy: str) -> None:
+  """The plan's prediction against the compiler's count, each loop's body counted once."""
+  report = _compile("mar_base", 32, f"--policy={policy}", "--shapes")
+  print(json.dumps(report))
+  for shape in report["shapes"]:
+    assert 0.85 <= shape["compiled"] / shape["predicted"] <= 1.15
 
 
 def test_inference_params_change_nothing_of_a_bfloat16_decode() -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marche_jax import sampler
+from marche_jax import cost, head_sampler, sampler
 from marche_jax.config import SampleConfig, freeze
 from marche_jax.models.mar import abstract_params, inference_params
 from marche_jax.plan import DecodePlan, StepShape
@@ -100,14 +100,55 @@ class Request:
     return compiled, time.monotonic() - start
 
   def cache_bytes(self) -> int:
-    """Keys and values on one chip."""
-    return _cache_bytes(self.plan, self.batch_per_chip)
+    """Keys and values in bfloat16 on one chip."""
+    c = self.plan.config
+    width = c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim
+    sequences = self.plan.cache_halves * self.batch_per_chip
+    return 2 * 2 * sequences * (c.buffer_size + c.seq_len) * width
 
 
-def _cache_bytes(plan: DecodePlan, batch: int) -> int:
-  c = plan.config
-  width = c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim
-  return 2 * 2 * plan.cache_halves * batch * (c.buffer_size + c.seq_len) * width
+def copies_of_caches(hlo: str, plan: DecodePlan, batch: int) -> int:
+  """Instructions in the text of a compiled program that copy a whole stack's keys or values."""
+  c, sequences = plan.config, plan.cache_halves * batch
+  positions = c.buffer_size + c.seq_len
+  shapes = {
+    f"{depth},{sequences},{positions},{width}"
+    for depth, width in (
+      (c.encoder_depth, c.encoder_embed_dim), (c.decoder_depth, c.decoder_embed_dim)
+    )
+  }  # fmt: skip
+  return len(re.findall(rf"= bf16\[(?:{'|'.join(shapes)})\]\S* copy(?:-start)?\(", hlo))
+
+
+def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
+  """FLOPs of a step as the compiler counts them: the body of every loop once.
+
+  The loops over layers have one body each, so that stacks of one layer (and the decoder's last one)
+  are counted; the diffusion steps are one that takes the modulations of several.
+  """
+  config = dataclasses.replace(plan.config, encoder_depth=1, decoder_depth=2)
+  steps = shape.head.steps or max(len(p.timesteps) for p in plan.processes)
+  halves = 2 if shape.guided else 1
+  flops = cost.step_flops(config, shape, 1)
+  together = head_sampler.steps_together(steps, halves * batch * shape.head.slots)
+  modulation = 2 * (3 * config.diffloss_d + 2) * config.diffloss_w**2
+  extra = (together - 1) * halves * shape.head.slots * modulation
+  return batch * (flops.total + extra)
+
+
+def flops_of_shapes(request: Request) -> list[dict[str, float]]:
+  """Compiled and predicted FLOPs on one chip of every step shape, loop bodies counted once."""
+  found = []
+  for shape in request.plan.shapes:
+    compiled, seconds = request.compile((shape,))
+    found.append(
+      {
+        "compiled": compiled.cost_analysis()["flops"],
+        "predicted": bodies_once(request.plan, shape, request.batch_per_chip),
+        "seconds": round(seconds, 1),
+      }
+    )
+  return found
 
 
 def main() -> None:
@@ -115,16 +156,22 @@ def main() -> None:
   parser.add_argument("config", help="configuration file")
   parser.add_argument("batch_per_chip", type=int, help="images per chip")
   parser.add_argument("--policy", default="full")
+  parser.add_argument("--steps", type=int, default=100, help="diffusion steps")
+  parser.add_argument("--shapes", action="store_true", help="compile every step shape alone")
   parser.add_argument("--hlo", help="file to write the compiled program's text to")
   args = parser.parse_args()
   config = freeze(runpy.run_path(args.config)["get_config"]())
   sample = SampleConfig(
-    num_iter=64, cfg=3.0, cfg_schedule="linear", num_sampling_steps=100, policy=args.policy
+    num_iter=64, cfg=3.0, cfg_schedule="linear", num_sampling_steps=args.steps,
+    policy=args.policy
   )
   devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
   mesh = Mesh(np.asarray(devices), ("data",))  # its axes are Auto
   psum = compile_psum(mesh)
   request = Request(mesh, make_plan(config.model, sample), args.batch_per_chip)
+  if args.shapes:
+    print(json.dumps({"shapes": flops_of_shapes(request)}))
+    return
   compiled, seconds = request.compile()
   memory, hlo = compiled.memory_analysis(), compiled.as_text()
   if args.hlo:
@@ -137,6 +184,7 @@ def main() -> None:
         "policy": args.policy,
         "batch_per_chip": args.batch_per_chip,
         "cache_bytes": request.cache_bytes(),
+        "copies_of_caches": copies_of_caches(hlo, request.plan, args.batch_per_chip),
         "compile_seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
