@@ -56,8 +56,7 @@ class KVCache:
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-  """Pins the layout: a TPU would lay a cache out one way to write it and another to scatter into it,
-  and copy it in between."""
+  """Pins the layout: a TPU would write in one, scatter into another, and copy in between."""
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 

@@ -87,7 +87,7 @@ def head_flops(config: ModelConfig, shape: HeadShape, guided: bool, steps: float
   condition = halves * 2 * config.decoder_embed_dim * w
   enter, leave = 2 * c * w, 4 * c * w  # both halves see the same x_t
   full = enter + halves * (2 * (3 * d + 2) * w**2 + 4 * d * w**2 + leave)
-  flops = shape.slots * condition
+  flops = float(shape.slots * condition)
   if shape.cached:
     assert shape.steps is not None
     schedule = CachedSteps.of(shape.steps, d)

@@ -87,7 +87,6 @@ class Process:
       **{k: v if k == "timestep" else v.astype(np.float32) for k, v in values.items()}
     )
 
-
   def _dpm_coefficients(self) -> dict[str, np.ndarray]:
     """Scalars of `dpm_step`; the last executed step (index 0) goes to x_0, where sigma is 0."""
     alpha, sigma = np.sqrt(self.alphas_cumprod), np.sqrt(1 - self.alphas_cumprod)
@@ -192,8 +191,8 @@ def dpm_step(
   """One step of SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 4 and appendix D).
 
   A multistep solver of second order for the reverse SDE in terms of the predicted x_0, which it
-  extrapolates linearly in log(alpha / sigma); the learned variance is not used. The first step, with
-  nothing before it, and the last, which ends at x_0, are of first order.
+  extrapolates linearly in log(alpha / sigma); the learned variance is not used. The first step,
+  with nothing before it, and the last, which ends at x_0, are of first order.
 
   Args:
     c: the step's scalars.

@@ -219,8 +219,8 @@ def initial_state(
 ) -> sampler.DecodeState:
   """Tokens and order before the first iteration, without caches.
 
-  Arguments and errors as in `generate`; keys [B] of `sampler.image_keys`. An order that was given is
-  taken as it is, but for known tokens; others follow the plan's rule.
+  Arguments and errors as in `generate`; keys [B] of `sampler.image_keys`. An order that was given
+  is taken as it is, but for known tokens; others follow the plan's rule.
   """
   config = plan.config
   batch, s, c = keys.shape[0], config.seq_len, config.token_dim

@@ -219,7 +219,9 @@ def _sample_cached(
   width, rows = cond.shape[1], start[0].shape[0]
   longest = max(schedule.lengths)
   recomputed = jnp.asarray(schedule.recomputed)
-  columns = [slice(3 * b * width, 3 * (b + 1) * width) for b in (*schedule.kept, len(weights.blocks))]
+  columns = [
+    slice(3 * b * width, 3 * (b + 1) * width) for b in (*schedule.kept, len(weights.blocks))
+  ]
   kernel, bias = weights.modulation["kernel"], weights.modulation["bias"]
   few = {
     "kernel": jnp.concatenate([kernel[:, c] for c in columns], axis=1),

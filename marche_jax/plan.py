@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -186,9 +186,7 @@ class DecodePlan:
     total = cost.Flops(0.0, 0.0, 0.0)
     for row in self.rows:
       shape = self.shapes[row.shape]
-      total += cost.step_flops(
-        self.config, shape if padded else self._exact(row), self.steps(row)
-      )
+      total += cost.step_flops(self.config, shape if padded else self._exact(row), self.steps(row))
     return total
 
   def _exact(self, row: Row) -> StepShape:
@@ -274,7 +272,9 @@ def describe(shape: StepShape) -> str:
     )
 
   halves = "" if shape.halves == 2 or not shape.guided else "; conditional half only"
-  detail = f", {shape.head.detail} with {shape.head.detail_steps} steps" if shape.head.detail else ""
+  detail = (
+    f", {shape.head.detail} with {shape.head.detail_steps} steps" if shape.head.detail else ""
+  )
   return (
     f"encoder {stack(shape.encoder)}; decoder {stack(shape.decoder)}; head {shape.head.slots} "
     f"tokens{detail}, {shape.head.solver}{', cached' if shape.head.cached else ''}{halves}"
@@ -415,17 +415,19 @@ def _exact_shape(draft: Draft, k: int, difference: int) -> StepShape:
 
   def stack(refresh: Refresh | None, slots: int, forced: int, fresh: int) -> StackShape:
     seen = config.buffer_size + slots
-    carried = "carried" in sources
-    record = {"record": max(1, fresh), "layer": sources["carried"]} if carried else {}
+    record = max(1, fresh) if "carried" in sources else 0
     if refresh is None or (refresh.source != "lower" and refresh.count >= seen):
-      return StackShape(slots, **record)
+      return StackShape(slots, layer=sources.get("carried", 0), record=record)
     return StackShape(
       slots,
-      **{
-        "active": min(refresh.count, seen), "forced": forced, "buffer": refresh.buffer,
-        "source": refresh.source, "score": refresh.score, "layer": refresh.layer, **record,
-      },
-    )  # fmt: skip
+      active=min(refresh.count, seen),
+      forced=forced,
+      buffer=refresh.buffer,
+      source=refresh.source,
+      score=refresh.score,
+      layer=refresh.layer,
+      record=record,
+    )
 
   return StepShape(
     encoder=stack(step.encoder, step.num_known, step.num_previous, step.num_previous),

@@ -325,7 +325,8 @@ def traced_images(
   """Numbers of the images that `--trace=directory` is about; none without it.
 
   Raises:
-    ValueError: for wrong `--trace_images` or `--trace_every`, or a directory that cannot be written.
+    ValueError: for wrong `--trace_images` or `--trace_every`, or a directory that cannot be
+      written.
   """
   if directory is None:
     for name, value in (("trace_images", images), ("trace_every", every)):

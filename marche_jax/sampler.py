@@ -183,9 +183,7 @@ def state_specs(plan: DecodePlan, axis: str) -> DecodeState:
   The sequences of a device's caches are its images' guidance halves; nobody else looks at them.
   """
   state = jax.eval_shape(
-    lambda: empty_state(
-      plan, jnp.zeros((1, 1, 1)), jnp.zeros((1, 1), jnp.int32), jnp.float32
-    )
+    lambda: empty_state(plan, jnp.zeros((1, 1, 1)), jnp.zeros((1, 1), jnp.int32), jnp.float32)
   )
   data = lambda tree: jax.tree.map(lambda _: PartitionSpec(axis), tree)  # noqa: E731
   caches = lambda tree: jax.tree.map(lambda _: PartitionSpec(None, axis), tree)  # noqa: E731
@@ -317,7 +315,8 @@ def run_decoder(
   Returns:
     The state, with the decoder's cache; output [X, asked, Dd]; which tokens were recomputed.
   """
-  block, buffer, depth = make_block(config, "decoder", dtype), config.buffer_size, config.decoder_depth
+  block = make_block(config, "decoder", dtype)
+  buffer, depth = config.buffer_size, config.decoder_depth
   sequences, positions = x.shape[:2]
   now = buffer + row.num_known
   span = Span(
@@ -381,7 +380,9 @@ def sample_tokens(
   """Step 3: z float32 [H, B, P, Dd] at image positions int [B, P] -> tokens float32 [B, P, C]."""
   halves, batch = z.shape[:2]
 
-  def run(z: jax.Array, predict: jax.Array, table: jax.Array, steps: Any, cached: bool) -> jax.Array:
+  def run(
+    z: jax.Array, predict: jax.Array, table: jax.Array, steps: Any, cached: bool
+  ) -> jax.Array:
     channels = weights.input_proj["kernel"].shape[0]
     flat = (predict.size, channels)
     if noise is None:
@@ -457,9 +458,7 @@ def _step(
   predict = state.order[:, ::-1][:, jnp.minimum(index, seq_len - 1)]
   valid = jnp.arange(slots) < row.num_predict
 
-  state, x, encoded = run_encoder(
-    params, config, dtype, shape.encoder, row, state, embedding
-  )
+  state, x, encoded = run_encoder(params, config, dtype, shape.encoder, row, state, embedding)
   state, x, decoded = run_decoder(
     params, config, dtype, shape.decoder, row, state, x, max(slots, shape.difference)
   )
@@ -500,8 +499,8 @@ def _activity(
     found = jnp.full(shape, REFRESHED)
   else:
     places = jnp.where(active, index[:batch], positions)
-    found = jnp.full(shape, CACHED).at[jnp.arange(batch)[:, None], places].set(
-      REFRESHED, mode="drop"
+    found = (
+      jnp.full(shape, CACHED).at[jnp.arange(batch)[:, None], places].set(REFRESHED, mode="drop")
     )
   now = config.buffer_size + row.num_known
   recomputed = found == REFRESHED  # a forced token that is not would be a bug, and would show

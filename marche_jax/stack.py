@@ -224,7 +224,7 @@ def run_stack(
     apply = functools.partial(block.apply, {"params": one})
     q, k, v = apply(x, method="qkv")
     if cache is not None:
-      if index is None:
+      if index is None or active is None:
         cache = cache.write(number, k, v)
       else:
         places = jnp.where(active, index, cache.k.shape[2])  # out of range: dropped

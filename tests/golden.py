@@ -18,10 +18,8 @@ from marche_jax import convert
 from marche_jax.config import Config, ModelConfig, SampleConfig, freeze
 from marche_jax.models import mar
 
-quick_jit = functools.partial(
-  jax.jit,
-  compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False},
-)
+QUICK: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 """For properties: compiles in less than half the time. What parity is measured on is plain jit."""
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -43,14 +43,14 @@ def params():
   return golden.random_params(SMALL)
 
 
-def run(params, image_ids, labels, **kwargs):
-  """All of SAMPLE's rows for some images of the run KEY: (state, finite, trace)."""
-  plan = make_plan(SMALL, SAMPLE)
+def run(params, image_ids, labels, sample=SAMPLE, **kwargs):
+  """All rows of a plan for some images of the run KEY: (state, finite, trace)."""
+  plan = make_plan(SMALL, sample)
   rows, tables = sampler.plan_rows(plan)
   keys = sampler.image_keys(KEY, np.asarray(image_ids))
   inputs = sampler.Inputs(np.asarray(labels), keys)
   return decode(
-    params, start(keys), rows, tables, inputs, config=SMALL, shapes=plan.shapes, **kwargs
+    params, start(keys, plan), rows, tables, inputs, config=SMALL, shapes=plan.shapes, **kwargs
   )
 
 
@@ -65,18 +65,28 @@ def start(keys, plan: DecodePlan | None = None) -> sampler.DecodeState:
 # ---- recorded runs
 
 
+# The last two recompute everything in every iteration, and so are the same program.
+@pytest.mark.parametrize(
+  "fields",
+  [
+    {},
+    {"policy": "marche", "refresh_interval": 1},
+    {"policy": "marche", "active_size": 72, "encoder_active_size": 72, "select_layer": 1},
+  ],
+  ids=["full", "refreshed always", "all active"],
+)
 @pytest.mark.parametrize("name", golden.RUNS)
-def test_replay(name):
+def test_replay(name, fields):
   """Every iteration's z and tokens, and the final latents, with the recorded order and noise."""
   config, params = golden.model(name.split("/")[0])
   sample, g = golden.sampling_run(name)
-  plan = make_plan(config, sample)
+  plan = make_plan(config, dataclasses.replace(sample, **fields))
   rows, tables = sampler.plan_rows(plan)
   batch = len(g["labels"])
   empty = np.zeros((batch, config.seq_len, config.token_dim), np.float32)
   state, finite, trace = sampler.jitted_decode(
     params,
-    sampler.DecodeState(empty, g["orders"]),
+    sampler.empty_state(plan, empty, g["orders"], jnp.float32),
     rows,
     tables,
     sampler.Inputs(
@@ -282,30 +292,45 @@ def test_bfloat16_is_a_rounding_away(params):
 
 
 SHARDED = """
-import sys
+import dataclasses, sys
 import jax, numpy as np
 sys.path.insert(0, sys.argv[1])
 import golden, test_sampler as t
 from marche_jax import sampler
+from marche_jax.generation import Decoder
 assert len(jax.devices()) == 2
 params, ids, labels = golden.random_params(t.SMALL), np.arange(4), np.asarray([3, 3, 5, 6])
-plan = t.make_plan(t.SMALL, t.SAMPLE)
-rows, tables = sampler.plan_rows(plan)
-keys = sampler.image_keys(t.KEY, ids)
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-arguments = params, t.start(keys), rows, tables, sampler.Inputs(labels, keys)
-with jax.default_matmul_precision("highest"):
-  whole, _, _ = t.run(params, ids, labels)
-  lowered = sampler.sharded_decode(mesh, plan).lower(*arguments)
-  compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-  parts, finite, _ = compiled(*arguments)
-assert len(parts.tokens.sharding.device_set) == 2
-assert finite.shape == (3, 4) and finite.all()
-np.testing.assert_array_equal(parts.order, whole.order)
-assert t.error(parts.tokens, np.asarray(whole.tokens)) <= t.RUN_TOLERANCE
-text = compiled.as_text()
-for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
-  assert collective not in text, collective
+for policy in ("full", "marche"):
+  sample = dataclasses.replace(t.SAMPLE, policy=policy, active_size=9, selection="carried",
+                               select_layer=1, num_iter=4)
+  plan = t.make_plan(t.SMALL, sample)
+  rows, tables = sampler.plan_rows(plan)
+  keys = sampler.image_keys(t.KEY, ids)
+  state = Decoder(plan, mesh=mesh).start(keys)
+  with jax.default_matmul_precision("highest"):
+    whole, _, _ = t.run(params, ids, labels, sample)
+    sharded = sampler.sharded_decode(mesh, plan)
+    lowered = sharded.lower(params, state, rows, tables, sampler.Inputs(labels, keys))
+    compiled = lowered.compile(compiler_options=golden.QUICK)
+    placed = jax.device_put((params, rows, tables, sampler.Inputs(labels, keys)),
+                            (*compiled.input_shardings[0][:1], *compiled.input_shardings[0][2:]))
+    parts, finite, _ = compiled(placed[0], state, *placed[1:])
+  assert len(parts.tokens.sharding.device_set) == 2
+  assert finite.shape == (4, 4) and finite.all()
+  np.testing.assert_array_equal(parts.order, whole.order)
+  assert t.error(parts.tokens, np.asarray(whole.tokens)) <= t.RUN_TOLERANCE
+  caches = jax.tree.leaves((parts.encoder, parts.decoder))
+  assert len(caches) == (4 if policy == "marche" else 0)
+  for part, cache in zip(caches, jax.tree.leaves((whole.encoder, whole.decoder))):
+    assert part.shape == cache.shape  # a device holds all of its own images' sequences
+    assert [s.data.shape[1] for s in part.addressable_shards] == [4, 4]
+    half = [np.asarray(x).reshape(len(x), -1, 2, *x.shape[2:]) for x in (part, cache)]
+    # [L, (device, half), images of a device] of the one, [L, (half, device), ...] of the other
+    assert t.error(half[0][:, [0, 2, 1, 3]], half[1]) <= t.RUN_TOLERANCE
+  text = compiled.as_text()
+  for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute"):
+    assert collective not in text, collective
 print("sharded as unsharded")
 """
 

@@ -44,7 +44,7 @@ def small_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) ->
 
 
 class Recorded:
-  """One of `golden.RUNS` under marche with all tokens active, without the shortcut to full steps."""
+  """One of `golden.RUNS` under marche, all tokens active, without the shortcut to full steps."""
 
   def __init__(self, name: str, **fields) -> None:
     self.config, self.params = golden.model(name.split("/")[0])

@@ -92,11 +92,11 @@ class Request:
     )
     state = jax.tree.map(give, state, sampler.state_specs(self.plan, "data"))
     inputs = jax.tree.map(lambda x: give(x, PartitionSpec("data")), inputs)
-    decode = sampler.sharded_decode(
-      self.mesh, plan, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16
-    )
+    decode = sampler.sharded_decode(self.mesh, plan, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16)
     start = time.monotonic()
-    compiled = decode.lower(everywhere(params), state, *everywhere((rows, tables)), inputs).compile()
+    compiled = decode.lower(
+      everywhere(params), state, *everywhere((rows, tables)), inputs
+    ).compile()
     return compiled, time.monotonic() - start
 
   def cache_bytes(self) -> int:
@@ -162,8 +162,7 @@ def main() -> None:
   args = parser.parse_args()
   config = freeze(runpy.run_path(args.config)["get_config"]())
   sample = SampleConfig(
-    num_iter=64, cfg=3.0, cfg_schedule="linear", num_sampling_steps=args.steps,
-    policy=args.policy
+    num_iter=64, cfg=3.0, cfg_schedule="linear", num_sampling_steps=args.steps, policy=args.policy
   )
   devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
   mesh = Mesh(np.asarray(devices), ("data",))  # its axes are Auto
