@@ -45,8 +45,12 @@ class KVCache:
     """
     rows = self.k.shape[1]
     at = (layer, 0, 0, 0)
-    put = lambda to, x: jax.lax.dynamic_update_slice(to, _row_major(x[None, :rows]), at)  # noqa: E731
-    return KVCache(_row_major(put(self.k, k)), _row_major(put(self.v, v)))
+    put = (
+      lambda to, x: jax.lax.dynamic_update_slice(  # noqa: E731
+        _row_major(to), _row_major(x[None, :rows]), at
+      )
+    )
+    return KVCache(put(self.k, k), put(self.v, v))
 
   def scatter(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     """Stores keys and values [X, A, width] at positions int [X, A]; those out of range drop."""
