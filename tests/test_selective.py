@@ -352,6 +352,5 @@ def test_temporary_memory_holds_no_second_cache():
     temporary[policy] = memory.temp_size_in_bytes
   leaves = jax.tree.leaves((state.encoder, state.decoder))
   cache = sum(x.size * x.dtype.itemsize for x in leaves)
-  print(temporary, cache)
   assert memory.alias_size_in_bytes >= cache  # updated in place
   assert temporary["marche"] < temporary["full"] + cache
