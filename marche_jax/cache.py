@@ -45,11 +45,10 @@ class KVCache:
     """
     rows = self.k.shape[1]
     at = (layer, 0, 0, 0)
-    put = (
-      lambda to, x: jax.lax.dynamic_update_slice(  # noqa: E731
-        _row_major(to), _row_major(x[None, :rows]), at
-      )
-    )
+
+    def put(to: jax.Array, x: jax.Array) -> jax.Array:
+      return jax.lax.dynamic_update_slice(_row_major(to), _row_major(x[None, :rows]), at)
+
     return KVCache(put(self.k, k), put(self.v, v))
 
   def scatter(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:

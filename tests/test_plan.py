@@ -58,7 +58,7 @@ def test_plan_equals_the_recorded_run(run):
 
 POLICIES = (
   "full", "disa", "marche", "lazymar", "recap", "gtr", "marche+disa+gtr", "recap+disa",
-  "lazymar+gtr", "marche+gtr", "lazymar+disa", "recap+gtr", "turbo",
+  "lazymar+gtr", "marche+gtr", "lazymar+disa", "recap+gtr", "turbo", "turbo+marche",
 )  # fmt: skip
 
 

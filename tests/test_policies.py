@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import logging
 
@@ -373,10 +372,14 @@ def test_condition_cache_computes_one_half():
 # ---- turbo
 
 
-def test_turbo_is_all_of_it():
-  turbo = importlib.import_module("marche_jax.policies.turbo")
+def test_turbo():
+  """GtR's order in 12 full iterations of 64, a few steps of a second-order solver in each."""
   found = plan("turbo", num_iter=64)
-  assert len(found.rows) == sum(stage_iterations(round(64 * turbo.SHARE)))
-  assert all(s.head.solver == "dpm++" for s in found.shapes)
-  assert not all(full(s) for s in found.shapes)
+  assert len(found.rows) == 12
   np.testing.assert_array_equal(found.stages, checkerboard_stages(MAR_B))
+  assert all(full(s) and s.head.solver == "dpm++" and not s.head.detail for s in found.shapes)
+  assert all(len(t) == 9 and t[0] == 0 and t[-1] == 950 for t in timesteps(found))
+  assert max(max(t) for t in timesteps(plan("turbo", max_timestep=600))) == 600
+  both = plan("turbo+marche")
+  assert [full(s) for s in shapes(both)] == [k % 3 == 0 for k in range(12)]
+  assert timesteps(both) == timesteps(found)
