@@ -126,6 +126,7 @@ def run(
     "dtype": jnp.dtype(dtype).name,
     "save_latents": save_latents,
   }
+  settings = json.loads(json.dumps(settings))  # as the report will be read back
   fingerprint = hashlib.sha256(json.dumps(settings).encode() + labels.tobytes())
   for leaf in jax.tree.leaves((model.params, model.vae_params)):
     fingerprint.update(np.asarray(leaf).tobytes())

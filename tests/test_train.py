@@ -212,7 +212,10 @@ def test_the_command_trains_samples_and_exports(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    (["--config.sample.policy=fast"], "sample.policy='fast': expected one of"),
+    (
+      ["--config.sample.policy=fast"],
+      "sample.policy='fast': unknown policy 'fast'; expected one of full",
+    ),
     (["--vae=absent"], "checkpoint absent: no such directory"),
     (["--workdir=typo", "--export=model"], "typo: expected the directory of a training run"),
   ],
