@@ -363,9 +363,7 @@ def build(draft: Draft) -> DecodePlan:
   steps = draft.steps
   differences = _differences(draft)
   exact = [_exact_shape(draft, k, differences[k]) for k in range(len(steps))]
-  shapes = group_shapes(
-    draft.config, exact, [len(s.timesteps) for s in steps], [s.num_known for s in steps]
-  )
+  shapes = group_shapes(draft.config, exact, [len(s.timesteps) for s in steps])
   distinct = tuple(dict.fromkeys(shapes))
   tables = dict.fromkeys(s.timesteps for s in steps)
   tables |= dict.fromkeys(s.detail_timesteps for s in steps if s.num_detail)
@@ -497,7 +495,6 @@ def group_shapes(
   config: ModelConfig,
   exact: Sequence[StepShape],
   steps: Sequence[int],
-  known: Sequence[int],
 ) -> list[StepShape]:
   """Padded shapes of all rows: as few distinct ones as the bounds on padding allow.
 
@@ -509,7 +506,6 @@ def group_shapes(
     config: sizes.
     exact: unpadded shape of every row.
     steps: diffusion steps of every row.
-    known: known image tokens of every row.
   """
   kinds: dict[StepShape, list[int]] = {}
   for k, shape in enumerate(exact):
@@ -522,7 +518,7 @@ def group_shapes(
     for rows, split, count in zip(kinds.values(), splits, counts):
       for k, shape in zip(rows, split[count - 1][1]):
         grouped[k] = shape
-    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact, known) <= MAX_PADDING:
+    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact) <= MAX_PADDING:
       return grouped
     gains = [
       split[count - 1][0] - split[count][0] if count < len(split) else -1.0
@@ -538,7 +534,6 @@ def _padding(
   config: ModelConfig,
   grouped: Sequence[StepShape],
   exact: Sequence[StepShape],
-  known: Sequence[int],
 ) -> float:
   """The larger of padded over exact tokens, in encoder and head."""
 

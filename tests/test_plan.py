@@ -227,7 +227,7 @@ def test_slots_are_grouped_at_the_least_work(rows, first, selective):
     best = min(map(split, itertools.combinations(range(1, len(rows)), count - 1)), key=work)
     if padding(best) <= MAX_PADDING:
       break
-  grouped = group_shapes(config, every, steps.tolist(), known.tolist())
+  grouped = group_shapes(config, every, steps.tolist())
   assert work(grouped) == pytest.approx(work(best))
   for shape, wide in zip(every, grouped):  # every row fits into its shape
     assert _widest(wide, shape) == wide
