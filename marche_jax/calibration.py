@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marche_jax import sampler
+from marche_jax import decode_state, sampler
 from marche_jax.cache import KVCache
 from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decode_state import Inputs
 from marche_jax.generation import Decoder, check_labels
 from marche_jax.images import atomic_write
 from marche_jax.plan import DecodePlan
@@ -77,12 +78,12 @@ def measure_drift(
   full = make_plan(
     model.config, dataclasses.replace(sample, refresh_interval=1, condition_cache=False)
   )
-  keys = sampler.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
+  keys = decode_state.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
   state = Decoder(selective, dtype=dtype).start(keys)
-  rows, tables = sampler.plan_rows(full)
-  inputs = sampler.Inputs(labels, keys)
+  rows, tables = decode_state.plan_rows(full)
+  inputs = Inputs(labels, keys)
   sketches = []
-  for _, row in sampler.chunks(rows, 1):
+  for _, row in decode_state.chunks(rows, 1):
     state, _, _ = sampler.jitted_decode(
       model.params, state, row, tables, inputs, config=model.config, shapes=full.shapes, dtype=dtype
     )
@@ -180,6 +181,9 @@ def load_plan(path: pathlib.Path, config: ModelConfig, sample: SampleConfig) -> 
   for field, found in (("num_iter", sample.num_iter), ("seq_len", config.seq_len)):
     if content[field] != found:
       raise ValueError(f"{path}: made for {field}={content[field]!r}, expected {found}")
-  return dataclasses.replace(
-    sample, policy=content["policy"], refresh_iterations=content["refresh_iterations"]
-  )
+  try:
+    return dataclasses.replace(
+      sample, policy=content["policy"], refresh_iterations=content["refresh_iterations"]
+    )
+  except ValueError as error:
+    raise ValueError(f"{path}: {error}") from error

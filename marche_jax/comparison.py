@@ -29,9 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from marche_jax import generation, profiling, quality, sampler
+from marche_jax import decode_state, generation, profiling, quality
 from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig
+from marche_jax.decode_state import Inputs
 from marche_jax.entries import Entry, baseline
 from marche_jax.images import atomic_write, check_writable
 from marche_jax.models.mar import inference_params, unpatchify
@@ -164,8 +165,8 @@ def _draw_batch(
   """Images, latents and the seconds that decoding of the batch took."""
   size = settings.batch_size
   ids = jnp.arange(start, start + size, dtype=jnp.uint32)
-  keys = sampler.image_keys(jax.random.key(settings.seed, impl="threefry2x32"), ids)
-  inputs = sampler.Inputs(labels_of(start, size, model.config), keys)
+  keys = decode_state.image_keys(jax.random.key(settings.seed, impl="threefry2x32"), ids)
+  inputs = Inputs(labels_of(start, size, model.config), keys)
   state = jax.block_until_ready(decoder.start(keys))
   clock = time.perf_counter()
   tokens = jax.block_until_ready(decoder(model.params, state, inputs))

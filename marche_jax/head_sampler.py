@@ -144,6 +144,7 @@ def sample(
   step_noise: Callable[[jax.Array, jax.Array], jax.Array],
   solver: str = "ddpm",
   cached: bool = False,
+  fewest: int = 1,
 ) -> jax.Array:
   """Draws tokens given z, with guidance.
 
@@ -160,6 +161,7 @@ def sample(
     step_noise: (index of the executed step from 0, its timestep) -> float32 [n, C].
     solver: 'ddpm', ancestral sampling, or 'dpm++', see `diffusion.dpm_step`.
     cached: most steps reuse what the head computed before; `steps` is static then.
+    fewest: traced `steps` are never below it; more of them than that never share a product.
 
   Returns:
     float32 [n, C].
@@ -182,7 +184,7 @@ def sample(
     return _sample_cached(weights, cond, time, halves, steps, cfg, start, advance)
 
   static = steps if isinstance(steps, int) else None
-  together = steps_together(static or time.shape[0], cond.shape[0])
+  together = steps_together(static or fewest, cond.shape[0])
 
   def run(chunk: jax.Array, state: tuple) -> tuple:
     last = steps - 1 - chunk * together  # index of the chunk's first executed step

@@ -1,12 +1,12 @@
 """Where decoding spends its time: encoder, decoder and head, each on its own; and on what machine.
 
 Every part of every step shape is compiled apart and timed, and counts as often as the plan has rows
-of that shape.
+of that shape. The head of rows that differ in their diffusion steps is interpolated, as an estimate
+is (see `timing.py`).
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import importlib.metadata
 import os
@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from marche_jax import head_sampler, sampler
+from marche_jax import decode_state, head_sampler, sampler, timing, transformer
+from marche_jax.decode_state import DecodeState, Inputs, Rows, Tables
 from marche_jax.models.mar import Params
 from marche_jax.plan import DecodePlan, StepShape
 
@@ -64,57 +65,59 @@ def split(
   Returns:
     Seconds per image of 'encoder', 'decoder' and 'head', compile time apart.
   """
-  rows, tables = sampler.plan_rows(plan)
+  rows, tables = decode_state.plan_rows(plan)
+  tables = jax.tree.map(jnp.asarray, tables)
   timesteps = tables.coefficients.timestep
   prepare = functools.partial(head_sampler.prepare, config=plan.config, dtype=head_dtype)
   weights = jax.jit(prepare)(params["head"], timesteps=timesteps)
-  total = dict.fromkeys(("encoder", "decoder", "head"), 0.0)
-  of_shape = collections.defaultdict(list)
-  for number, row in enumerate(plan.rows):
-    of_shape[row.shape].append(number)
-  for shape, numbers in of_shape.items():
-    last = jax.tree.map(lambda x, k=numbers[-1]: jnp.asarray(x[k]), rows)
-    pieces = _pieces(plan, params, weights, tables, plan.shapes[shape], last, batch_size, dtype)
-    for name, run in pieces.items():
-      steps = [plan.steps(plan.rows[k]) for k in numbers]
-      share = sum(steps) / steps[-1] if name == "head" else len(numbers)
-      total[name] += share * min(seconds(run, 2)) / batch_size
-  return total
+  measured: dict[str, dict[int, float]] = {"encoder": {}, "decoder": {}, "head": {}}
+  for number, (few, many) in timing.rows_to_time(plan).items():
+    shape = plan.shapes[number]
+    row = {k: jax.tree.map(lambda x, k=k: jnp.asarray(x[k]), rows) for k in (few, many)}
+    pieces = _pieces(plan, params, weights, tables, shape, row[many], batch_size, dtype)
+    for name in ("encoder", "decoder"):
+      measured[name][few] = measured[name][many] = min(seconds(pieces[name], 2))
+    for k in row:
+      measured["head"][k] = min(seconds(functools.partial(pieces["head"], row[k]), 2))
+  return {name: timing.sum_over_rows(plan, m) / batch_size for name, m in measured.items()}
 
 
 def _pieces(
   plan: DecodePlan,
   params: Params,
   weights: head_sampler.HeadWeights,
-  tables: sampler.Tables,
+  tables: Tables,
   shape: StepShape,
-  row: sampler.Rows,
+  row: Rows,
   batch: int,
   dtype: Any,
-) -> dict[str, Callable[[], Any]]:
-  """What one row of a step shape runs, each part compiled when it is first called."""
+) -> dict[str, Callable[..., Any]]:
+  """What one row of a step shape runs, each part compiled when it is first called.
+
+  The head is called with the row whose diffusion steps it takes.
+  """
   config = plan.config
   order = jnp.broadcast_to(jnp.arange(config.seq_len), (batch, config.seq_len))
   tokens = jnp.ones((batch, config.seq_len, config.token_dim))
-  state = sampler.empty_state(plan, tokens, order, dtype)
+  state = decode_state.empty_state(plan, tokens, order, dtype)
   embedding = jnp.ones((shape.halves * batch, config.encoder_embed_dim))
   asked = max(shape.head.slots, shape.difference)
 
   # The caches are handed back in place, as the sampler's loop carries them.
   @functools.partial(jax.jit, donate_argnums=1)
-  def encode(p: Params, state: sampler.DecodeState) -> tuple[sampler.DecodeState, jax.Array]:
-    return sampler.run_encoder(p, config, dtype, shape.encoder, row, state, embedding)[:2]
+  def encode(p: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+    return transformer.run_encoder(p, config, dtype, shape.encoder, row, state, embedding)[:2]
 
   @functools.partial(jax.jit, donate_argnums=1)
-  def decode(
-    p: Params, state: sampler.DecodeState, x: jax.Array
-  ) -> tuple[sampler.DecodeState, jax.Array]:
-    return sampler.run_decoder(p, config, dtype, shape.decoder, row, state, x, asked)[:2]
+  def decode(p: Params, state: DecodeState, x: jax.Array) -> tuple[DecodeState, jax.Array]:
+    return transformer.run_decoder(p, config, dtype, shape.decoder, row, state, x, asked)[:2]
 
   @jax.jit
-  def head(weights: head_sampler.HeadWeights, z: jax.Array, predict: jax.Array) -> jax.Array:
-    keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch))
-    inputs = sampler.Inputs(jnp.zeros(batch, jnp.int32), keys)
+  def head(
+    weights: head_sampler.HeadWeights, row: Rows, z: jax.Array, predict: jax.Array
+  ) -> jax.Array:
+    keys = decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
+    inputs = Inputs(jnp.zeros(batch, jnp.int32), keys)
     return sampler.sample_tokens(weights, shape.head, row, tables, inputs, None, predict, z)
 
   slots = shape.head.slots
@@ -132,6 +135,7 @@ def _pieces(
     kept[0], out = decode(params, kept[0], x)
     return out
 
-  return {
-    "encoder": run_encoder, "decoder": run_decoder, "head": lambda: head(weights, z, predict)
-  }  # fmt: skip
+  def run_head(row: Rows) -> jax.Array:
+    return head(weights, row, z, predict)
+
+  return {"encoder": run_encoder, "decoder": run_decoder, "head": run_head}

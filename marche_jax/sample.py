@@ -28,10 +28,11 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from marche_jax import calibration, checkpoint, generation, profiling, sampler, trace
+from marche_jax import calibration, checkpoint, decode_state, generation, profiling, trace
 from marche_jax import flags as flags_lib
 from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decode_state import Inputs
 from marche_jax.embedded import CHECKPOINT, CONFIG
 from marche_jax.images import atomic_write, check_writable, grid, write_png
 from marche_jax.models.mar import inference_params, unpatchify
@@ -202,11 +203,11 @@ def _draw(
   real = labels[start : start + batch_size]
   batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
   ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
-  keys = sampler.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
+  keys = decode_state.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
   tokens = decoder(
     model.params,
     decoder.start(keys),
-    sampler.Inputs(batch, keys),
+    Inputs(batch, keys),
     progress=lambda iterations: bar.update(iterations * len(real)),
   )
   latents = unpatchify(tokens, model.config)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marche_jax import generation, sampler
+from marche_jax import decode_state, generation, sampler
+from marche_jax.decode_state import DecodeState, Inputs, Rows
 from marche_jax.models.mar import Params
 from marche_jax.plan import DecodePlan
 
@@ -51,12 +52,14 @@ class Program:
   ) -> None:
     """Compiles for all rows of the plan in one call, or for one row per call."""
     self.plan, self.params, self.options = plan, params, options
-    all_rows, self._tables = sampler.plan_rows(plan)
-    self.rows = [rows for _, rows in sampler.chunks(all_rows, 1 if one_row else len(plan.rows))]
+    all_rows, self._tables = decode_state.plan_rows(plan)
+    self.rows = [
+      rows for _, rows in decode_state.chunks(all_rows, 1 if one_row else len(plan.rows))
+    ]
     size = options.batch_size
-    self._keys = sampler.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
+    self._keys = decode_state.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
     labels = jnp.arange(size, dtype=jnp.int32) % plan.config.class_num
-    self._inputs = sampler.Inputs(labels, self._keys)
+    self._inputs = Inputs(labels, self._keys)
     self._start = generation.Decoder(plan, dtype=options.dtype).start
 
     clock = time.perf_counter()
@@ -84,13 +87,11 @@ class Program:
     peak = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"]
     return sizes | {"peak": peak}
 
-  def start(self) -> sampler.DecodeState:
+  def start(self) -> DecodeState:
     """The state before the first iteration."""
     return jax.block_until_ready(self._start(self._keys))
 
-  def call(
-    self, state: sampler.DecodeState, rows: sampler.Rows
-  ) -> tuple[float, sampler.DecodeState, np.ndarray]:
+  def call(self, state: DecodeState, rows: Rows) -> tuple[float, DecodeState, np.ndarray]:
     """Runs rows; (seconds, the state afterwards, whether images are finite after each)."""
     clock = time.perf_counter()
     done = self._compiled(self.params, state, rows, self._tables, self._inputs)
@@ -122,7 +123,7 @@ class Program:
       found[number], state, _ = self.call(state, rows)
     return found
 
-  def idle_rows(self) -> sampler.Rows:
+  def idle_rows(self) -> Rows:
     """Rows that run nothing."""
     idle = jax.tree.map(np.copy, self.rows[0])
     idle.shape[:] = -1
@@ -139,6 +140,17 @@ def rows_to_time(plan: DecodePlan) -> dict[int, tuple[int, int]]:
   return found
 
 
+def sum_over_rows(plan: DecodePlan, measured: dict[int, float]) -> float:
+  """Adds up what all rows take, given those of `rows_to_time`: linear in the diffusion steps."""
+  timed, total = rows_to_time(plan), 0.0
+  for row in plan.rows:
+    few, many = timed[row.shape]
+    fewest, most = plan.steps(plan.rows[few]), plan.steps(plan.rows[many])
+    share = (plan.steps(row) - fewest) / (most - fewest) if most > fewest else 0.0
+    total += measured[few] + share * (measured[many] - measured[few])
+  return total
+
+
 def estimate_seconds(plan: DecodePlan, measured: dict[int, float]) -> float:
   """Seconds of a whole run.
 
@@ -147,14 +159,8 @@ def estimate_seconds(plan: DecodePlan, measured: dict[int, float]) -> float:
     measured: seconds of the rows that `rows_to_time` names, each in a call of its own, and under -1
       of a call that runs no row: what every call costs is counted once.
   """
-  idle, timed = measured[-1], rows_to_time(plan)
-  total = idle
-  for row in plan.rows:
-    few, many = timed[row.shape]
-    fewest, most = plan.steps(plan.rows[few]), plan.steps(plan.rows[many])
-    share = (plan.steps(row) - fewest) / (most - fewest) if most > fewest else 0.0
-    total += measured[few] + share * (measured[many] - measured[few]) - idle
-  return total
+  idle = measured[-1]
+  return idle + sum_over_rows(plan, {number: t - idle for number, t in measured.items()})
 
 
 def interleave(

@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from marche_jax import frames, generation, sampler
+from marche_jax import decode_state, frames, generation, sampler
 from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
+from marche_jax.decode_state import Inputs
 from marche_jax.images import atomic_write
 from marche_jax.models.mar import Params, inference_params, unpatchify
 from marche_jax.plan import DecodePlan, StackShape
@@ -122,15 +123,15 @@ def record(
     NonFiniteLatentsError: names the iteration.
   """
   ids = jnp.asarray(image_ids, jnp.uint32)
-  keys = sampler.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
+  keys = decode_state.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
   state = generation.Decoder(plan, dtype=dtype).start(keys)
   place = np.asarray(state.order)[:, ::-1]
-  rows, tables = sampler.plan_rows(plan)
+  rows, tables = decode_state.plan_rows(plan)
   parts: list[sampler.Trace] = []
   done = 0
-  for end, chunk in sampler.chunks(rows, min(CHUNK, len(plan.rows))):
+  for end, chunk in decode_state.chunks(rows, min(CHUNK, len(plan.rows))):
     state, finite, trace = sampler.jitted_decode(
-      params, state, chunk, tables, sampler.Inputs(labels, keys), config=plan.config,
+      params, state, chunk, tables, Inputs(labels, keys), config=plan.config,
       shapes=plan.shapes, dtype=dtype, head_dtype=dtype, trace=True,
     )  # fmt: skip
     new = end - done

@@ -179,8 +179,9 @@ def test_wrong_plan_files(saved: pathlib.Path, changes: dict[str, Any], message:
   """None: the field is not there."""
   content = {**json.loads(saved.read_text()), **changes}
   saved.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=message) as caught:
     calibration.load_plan(saved, tiny.MODEL, MARCHE)
+  assert str(caught.value).startswith(f"{saved}: ")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe"])

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from marche_jax import cost, head_sampler, sampler
+from marche_jax import cost, decode_state, head_sampler, sampler, transformer
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decode_state import Inputs, Rows, Tables
 from marche_jax.diffusion import make_process
 from marche_jax.models.mar import abstract_params
 from marche_jax.plan import DecodePlan, HeadShape, StackShape, StepShape
@@ -159,10 +160,10 @@ def test_loops_count_as_often_as_they_turn() -> None:
 # ---- encoder and decoder
 
 
-def row(**fields: Any) -> sampler.Rows:
+def row(**fields: Any) -> Rows:
   """An iteration whose counts are those of its places: what is executed does not depend on them."""
-  zero = {f.name: np.int32(0) for f in dataclasses.fields(sampler.Rows)}
-  return sampler.Rows(**{**zero, **fields})
+  zero = {f.name: np.int32(0) for f in dataclasses.fields(Rows)}
+  return Rows(**{**zero, **fields})
 
 
 def kinds(slots: int) -> dict[str, StackShape]:
@@ -191,7 +192,7 @@ def empty_state(plan: DecodePlan) -> Any:
   """The shapes of one image's state."""
   tokens = jnp.zeros((1, CONFIG.seq_len, CONFIG.token_dim))
   order = jnp.zeros((1, CONFIG.seq_len), jnp.int32)
-  return jax.eval_shape(lambda: sampler.empty_state(plan, tokens, order, jnp.float32))
+  return jax.eval_shape(lambda: decode_state.empty_state(plan, tokens, order, jnp.float32))
 
 
 def state_for(shape: StackShape, halves: int) -> Any:
@@ -209,7 +210,7 @@ def test_encoder(name: str) -> None:
     shape = kinds(slots)[name]
 
     def encode(params: dict, state: Any, embedding: Any, shape: StackShape = shape) -> Any:
-      return sampler.run_encoder(params, CONFIG, jnp.float32, shape, row(), state, embedding)
+      return transformer.run_encoder(params, CONFIG, jnp.float32, shape, row(), state, embedding)
 
     embedding = jax.ShapeDtypeStruct((halves, CONFIG.encoder_embed_dim), jnp.float32)
     executed = matmul_flops(encode, PARAMS, state_for(shape, halves), embedding)
@@ -222,7 +223,7 @@ def test_decoder(name: str) -> None:
   for asked, halves in ((1, 2), (9, 1)):
 
     def decode(params: dict, state: Any, x: Any, asked: int = asked) -> Any:
-      return sampler.run_decoder(params, CONFIG, jnp.float32, shape, row(), state, x, asked)
+      return transformer.run_decoder(params, CONFIG, jnp.float32, shape, row(), state, x, asked)
 
     x = jax.ShapeDtypeStruct((halves, POSITIONS, CONFIG.decoder_embed_dim), jnp.float32)
     executed = matmul_flops(decode, PARAMS, state_for(shape, halves), x)
@@ -255,11 +256,11 @@ def executed_by_head(
 
   def head(weights: Any, z: Any, keys: Any, row: Any, tables: Any) -> jax.Array:
     predict = jnp.zeros((1, shape.slots), jnp.int32)
-    inputs = sampler.Inputs(np.zeros(1, np.int32), keys)
+    inputs = Inputs(np.zeros(1, np.int32), keys)
     return sampler.sample_tokens(weights, shape, row, tables, inputs, None, predict, z)
 
   z = floats((halves, 1, shape.slots, config.decoder_embed_dim))
-  return matmul_flops(head, weights, z, KEYS, now, sampler.Tables(coefficients, floats(())))
+  return matmul_flops(head, weights, z, KEYS, now, Tables(coefficients, floats(())))
 
 
 @pytest.mark.parametrize("halves", [1, 2])
@@ -288,13 +289,15 @@ def test_cached_head(steps: int, depth: int, halves: int) -> None:
   assert executed == cost.head_flops(config, shape, halves == 2, steps)
 
 
-@pytest.mark.parametrize(("predicted", "steps"), [(1, 12), (30, 5), (300, 7)])
-def test_head_with_steps_of_the_row(predicted: int, steps: int) -> None:
+@pytest.mark.parametrize(
+  ("predicted", "steps", "fewest"), [(1, 12, 12), (1, 9, 4), (30, 5, 5), (300, 7, 1)]
+)
+def test_head_with_steps_of_the_row(predicted: int, steps: int, fewest: int) -> None:
   """Steps that are row data: modulations are taken by whole products, all else as often as due."""
   longest, rows = 12, 2 * predicted
-  shape = HeadShape(predicted, None)
+  shape = HeadShape(predicted, None, fewest=fewest)
   executed = executed_by_head(shape, 2, steps=steps, longest=longest)
-  together = head_sampler.steps_together(longest, rows)
+  together = head_sampler.steps_together(fewest, rows)
   padding = -(-steps // together) * together - steps
   modulation = rows * 2 * (3 * CONFIG.diffloss_d + 2) * CONFIG.diffloss_w**2
   assert executed == cost.head_flops(CONFIG, shape, True, steps) + padding * modulation
@@ -320,10 +323,10 @@ def test_a_whole_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("marche_jax.policies.gtr"), field, 10)
   sample = SampleConfig(**{"num_iter": 6, "num_sampling_steps": 10, **PLANS[name]})
   plan = make_plan.__wrapped__(CONFIG, sample)
-  rows, tables = sampler.plan_rows(plan)
+  rows, tables = decode_state.plan_rows(plan)
 
   def decode(params: dict, state: Any, keys: Any, rows: Any, tables: Any) -> Any:
-    inputs = sampler.Inputs(jnp.zeros(1, jnp.int32), keys)
+    inputs = Inputs(jnp.zeros(1, jnp.int32), keys)
     static = {"config": CONFIG, "shapes": plan.shapes}
     return sampler.decode(params, state, rows, tables, inputs, **static)[0]
 

@@ -17,8 +17,9 @@ from golden import error, load
 from golden import exact_matmuls as exact_matmuls
 from rule import rule_weights
 
-from marche_jax import convert, sampler
+from marche_jax import convert, decode_state, sampler
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decode_state import Inputs
 from marche_jax.models import mar
 from marche_jax.models.mar import MAR
 from marche_jax.policies import make_plan
@@ -99,15 +100,15 @@ def test_teacher_forced_decoding_parity(params, policy):
   np.testing.assert_array_equal(
     np.asarray([row.cfg for row in plan.rows], np.float32), g["cfg_per_iter"]
   )
-  rows, tables = sampler.plan_rows(plan)
-  order = sampler.arrange(plan, g["order"])
+  rows, tables = decode_state.plan_rows(plan)
+  order = decode_state.arrange(plan, g["order"])
   state, _, trace = sampler.jitted_decode(
     params,
-    sampler.empty_state(plan, np.zeros_like(g["tokens"]), order, jnp.float32),
+    decode_state.empty_state(plan, np.zeros_like(g["tokens"]), order, jnp.float32),
     rows,
     tables,
-    sampler.Inputs(
-      g["labels"], sampler.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]
+    Inputs(
+      g["labels"], decode_state.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]
     ),
     config=CONFIG,
     shapes=plan.shapes,
@@ -126,14 +127,14 @@ def test_teacher_forced_decoding_parity(params, policy):
 def compiled(plan, batch):
   """Memory of the sampler compiled from shapes alone, and the bytes of its weights."""
   weights = mar.abstract_params(CONFIG)
-  rows, tables = sampler.plan_rows(plan)
+  rows, tables = decode_state.plan_rows(plan)
 
   def start():
     tokens = jnp.zeros((batch, CONFIG.seq_len, CONFIG.token_dim))
     order = jnp.zeros((batch, CONFIG.seq_len), jnp.int32)
-    keys = sampler.image_keys(jax.random.key(0), jnp.arange(batch))
-    state = sampler.empty_state(plan, tokens, order, jnp.float32)
-    return state, sampler.Inputs(jnp.zeros(batch, jnp.int32), keys)
+    keys = decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
+    state = decode_state.empty_state(plan, tokens, order, jnp.float32)
+    return state, Inputs(jnp.zeros(batch, jnp.int32), keys)
 
   state, inputs = jax.eval_shape(start)
   lowered = sampler.jitted_decode.lower(

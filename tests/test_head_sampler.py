@@ -15,8 +15,9 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marche_jax import diffusion, head_sampler, sampler
+from marche_jax import decode_state, diffusion, head_sampler, sampler
 from marche_jax.config import ModelConfig
+from marche_jax.decode_state import Inputs, Rows, Tables
 from marche_jax.diffusion import make_process
 from marche_jax.head_schedule import INTERVAL, RECOMPUTE_ABOVE, CachedSteps
 from marche_jax.plan import HeadShape
@@ -259,16 +260,16 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
   places, valid = 6, 4
   processes = [make_process(np.arange(n) * (600 // n)) for n in (3, 5)]
   padded = [jax.tree.map(lambda x: np.pad(x, (0, 5 - len(x))), p.coefficients()) for p in processes]
-  tables = sampler.Tables(jax.tree.map(lambda *x: np.stack(x), *padded), np.float32(1))
-  zero = {f.name: np.int32(0) for f in dataclasses.fields(sampler.Rows)}
-  keys = sampler.image_keys(jax.random.key(0), jnp.arange(2))
+  tables = Tables(jax.tree.map(lambda *x: np.stack(x), *padded), np.float32(1))
+  zero = {f.name: np.int32(0) for f in dataclasses.fields(Rows)}
+  keys = decode_state.image_keys(jax.random.key(0), jnp.arange(2))
   predict = np.random.default_rng(1).permuted(np.tile(np.arange(16), (2, 1)), axis=1)[:, :places]
   z = np.random.default_rng(2).standard_normal((2, 2, places, 12)).astype(np.float32)
   z[:, :, valid:] *= 100  # most detail of all, but there is no token
 
   def run(shape: HeadShape, **fields) -> np.ndarray:
-    row = sampler.Rows(**{**zero, "cfg": np.float32(2), "num_predict": np.int32(valid), **fields})
-    inputs = sampler.Inputs(np.zeros(2, np.int32), keys)
+    row = Rows(**{**zero, "cfg": np.float32(2), "num_predict": np.int32(valid), **fields})
+    inputs = Inputs(np.zeros(2, np.int32), keys)
 
     @quick_jit
     def tokens(params, z):

@@ -15,23 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import cost, sampler
+from marche_jax import cost, decode_state
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.plan import (
-  MAX_PADDING,
-  MAX_STEP_SHAPES,
-  DecodePlan,
-  Draft,
-  HeadShape,
-  Refresh,
-  StackShape,
-  StepShape,
-  _widest,
-  build,
-  full_steps,
-  group_shapes,
-  mask_schedule,
-)
+from marche_jax.draft import Draft, Refresh, build, full_steps, mask_schedule
+from marche_jax.grouping import MAX_PADDING, MAX_STEP_SHAPES, _widest, group_shapes
+from marche_jax.plan import DecodePlan, HeadShape, StackShape, StepShape
 from marche_jax.policies import make_plan
 
 MAR_B = ModelConfig()
@@ -66,16 +54,17 @@ POLICIES = (
 def runs(draw):
   grid = draw(st.integers(1, 16))
   known = draw(st.integers(0, grid**2 - 1))
+  policy = draw(st.sampled_from(POLICIES))
   sample = SampleConfig(
     num_iter=draw(st.integers(1, min(grid**2 - known, 80))),
     cfg=draw(st.sampled_from([1.0, 3.0])),
     num_sampling_steps=20,
-    policy=draw(st.sampled_from(POLICIES)),
+    policy=policy,
     refresh_interval=draw(st.integers(1, 9)),
     selection=draw(st.sampled_from(["scout", "carried", "lower"])),
     condition_cache=draw(st.booleans()),
     detail_tokens=draw(st.booleans()),
-    recap_raster=draw(st.booleans()),
+    recap_raster=policy in ("recap", "recap+disa") and draw(st.booleans()),
   )
   config = dataclasses.replace(sized(grid), buffer_size=draw(st.sampled_from([1, 64])))
   return config, sample, known
@@ -289,7 +278,7 @@ def test_cache_bytes_are_those_of_the_state():
     plan = make_plan(MAR_B, SampleConfig(num_iter=16, **fields))
     tokens, order = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
     state = jax.eval_shape(
-      lambda plan=plan, x=tokens, o=order: sampler.empty_state(plan, x, o, jnp.float32)
+      lambda plan=plan, x=tokens, o=order: decode_state.empty_state(plan, x, o, jnp.float32)
     )
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert plan.cache_bytes_per_image == size - tokens.nbytes - order.nbytes, fields

@@ -13,7 +13,7 @@ from golden import DATA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from marche_jax import sampler
+from marche_jax import decode_state
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.diffusion import respaced_timesteps
 from marche_jax.plan import DecodePlan
@@ -65,6 +65,13 @@ def test_names_that_make_no_sense(policy, message):
   with pytest.raises(ValueError, match=message) as caught:
     make_plan(MAR_B, SampleConfig(policy=policy))
   assert str(caught.value).startswith(f"sample.policy={policy!r}: ")
+
+
+@pytest.mark.parametrize("policy", ["recap+gtr", "recap+turbo"])
+def test_recap_in_raster_order_contradicts_an_order_of_stages(policy):
+  assert plan(policy).stages is not None
+  with pytest.raises(ValueError, match=r"sample\.recap_raster=True: contradicts the order of gtr"):
+    plan(policy, recap_raster=True)
 
 
 def test_every_policy_is_listed_where_one_is_unknown():
@@ -158,8 +165,8 @@ def test_a_checkerboard(grid):
 def test_neighbours_are_known_in_the_reconstruction():
   """In every image: when a token of the last stage is predicted, all its neighbours are there."""
   found = plan("gtr", SMALL, num_iter=18)
-  keys = sampler.image_keys(jax.random.key(0), np.arange(20))
-  by_rank = np.asarray(sampler.arrange(found, sampler.random_order(keys, 36)))[:, ::-1]
+  keys = decode_state.image_keys(jax.random.key(0), np.arange(20))
+  by_rank = np.asarray(decode_state.arrange(found, decode_state.random_order(keys, 36)))[:, ::-1]
   np.testing.assert_array_equal(np.sort(by_rank, axis=1), np.tile(np.arange(36), (20, 1)))
   stage = checkerboard_stages(SMALL)
   assert (np.diff(stage[by_rank], axis=1) >= 0).all()
@@ -221,12 +228,12 @@ def test_recap_in_raster_order():
   ranks = [(row.num_known, row.num_known + row.num_predict) for row in found.rows]
   assert found.raster_groups == ((ranks[4][0], ranks[5][1]), (ranks[6][0], ranks[7][1]))
   order = np.stack([np.random.default_rng(i).permutation(36) for i in range(4)])
-  by_rank, given = np.asarray(sampler.arrange(found, order))[:, ::-1], order[:, ::-1]
+  by_rank, given = np.asarray(decode_state.arrange(found, order))[:, ::-1], order[:, ::-1]
   np.testing.assert_array_equal(by_rank[:, : ranks[4][0]], given[:, : ranks[4][0]])
   for start, end in found.raster_groups:
     np.testing.assert_array_equal(by_rank[:, start:end], np.sort(given[:, start:end], axis=1))
   plain = plan("recap", SMALL, num_iter=8)
-  np.testing.assert_array_equal(sampler.arrange(plain, order), order)
+  np.testing.assert_array_equal(decode_state.arrange(plain, order), order)
 
 
 def test_lazymar():

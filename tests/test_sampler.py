@@ -18,8 +18,9 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marche_jax import diffusion, head_sampler, sampler
+from marche_jax import decode_state, diffusion, head_sampler, sampler
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decode_state import DecodeState, Inputs, Noise, Rows
 from marche_jax.models import mar
 from marche_jax.models.head import Head
 from marche_jax.plan import DecodePlan
@@ -46,20 +47,20 @@ def params():
 def run(params, image_ids, labels, sample=SAMPLE, **kwargs):
   """All rows of a plan for some images of the run KEY: (state, finite, trace)."""
   plan = make_plan(SMALL, sample)
-  rows, tables = sampler.plan_rows(plan)
-  keys = sampler.image_keys(KEY, np.asarray(image_ids))
-  inputs = sampler.Inputs(np.asarray(labels), keys)
+  rows, tables = decode_state.plan_rows(plan)
+  keys = decode_state.image_keys(KEY, np.asarray(image_ids))
+  inputs = Inputs(np.asarray(labels), keys)
   return decode(
     params, start(keys, plan), rows, tables, inputs, config=SMALL, shapes=plan.shapes, **kwargs
   )
 
 
-def start(keys, plan: DecodePlan | None = None) -> sampler.DecodeState:
+def start(keys, plan: DecodePlan | None = None) -> DecodeState:
   """The state before the first iteration, by default of the policy full."""
   tokens = np.zeros((len(keys), SMALL.seq_len, SMALL.token_dim), np.float32)
   plan = make_plan(SMALL, SAMPLE) if plan is None else plan
-  order = sampler.arrange(plan, sampler.random_order(keys, SMALL.seq_len))
-  return sampler.empty_state(plan, tokens, order, jnp.float32)
+  order = decode_state.arrange(plan, decode_state.random_order(keys, SMALL.seq_len))
+  return decode_state.empty_state(plan, tokens, order, jnp.float32)
 
 
 # ---- recorded runs
@@ -81,18 +82,18 @@ def test_replay(name, fields):
   config, params = golden.model(name.split("/")[0])
   sample, g = golden.sampling_run(name)
   plan = make_plan(config, dataclasses.replace(sample, **fields))
-  rows, tables = sampler.plan_rows(plan)
+  rows, tables = decode_state.plan_rows(plan)
   batch = len(g["labels"])
   empty = np.zeros((batch, config.seq_len, config.token_dim), np.float32)
   state, finite, trace = sampler.jitted_decode(
     params,
-    sampler.empty_state(plan, empty, g["orders"], jnp.float32),
+    decode_state.empty_state(plan, empty, g["orders"], jnp.float32),
     rows,
     tables,
-    sampler.Inputs(
+    Inputs(
       g["labels"],
-      sampler.image_keys(jax.random.key(0), np.arange(batch)),
-      sampler.Noise(g["init_noise"], g["step_noise"]),
+      decode_state.image_keys(jax.random.key(0), np.arange(batch)),
+      Noise(g["init_noise"], g["step_noise"]),
     ),
     config=config,
     shapes=plan.shapes,
@@ -196,8 +197,8 @@ def test_noise_depends_on_image_position_and_timestep_alone(params):
 
 
 def test_orders_are_permutations_and_differ(params):
-  keys = sampler.image_keys(KEY, np.arange(200))
-  orders = np.asarray(sampler.random_order(keys, SMALL.seq_len))
+  keys = decode_state.image_keys(KEY, np.arange(200))
+  orders = np.asarray(decode_state.random_order(keys, SMALL.seq_len))
   np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(16), (200, 1)))
   assert len({tuple(order) for order in orders}) == 200
   first = np.bincount(orders[:, 0], minlength=16)
@@ -219,8 +220,8 @@ def test_a_broken_image_is_named_and_spoils_no_other(params):
 
 @given(st.integers(1, 40), st.integers(1, 50))
 def test_chunks_hold_all_rows_once(total, size):
-  fields = {f.name: np.arange(total) for f in dataclasses.fields(sampler.Rows)}
-  parts = list(sampler.chunks(sampler.Rows(**fields), size))
+  fields = {f.name: np.arange(total) for f in dataclasses.fields(Rows)}
+  parts = list(decode_state.chunks(Rows(**fields), size))
   assert [end for end, _ in parts] == [min(i + size, total) for i in range(0, total, size)]
   assert all(len(leaf) == size for _, part in parts for leaf in jax.tree.leaves(part))
   shapes = np.concatenate([part.shape for _, part in parts])
@@ -234,10 +235,10 @@ def test_chunks_decode_the_same(params):
   ids, labels = [2, 7], np.asarray([5, 6])
   whole, _, _ = run(params, ids, labels)
   plan = make_plan(SMALL, SAMPLE)
-  rows, tables = sampler.plan_rows(plan)
-  keys = sampler.image_keys(KEY, np.asarray(ids))
-  state, inputs = start(keys), sampler.Inputs(labels, keys)
-  for _, part in sampler.chunks(rows, 2):  # the second is padded by one row
+  rows, tables = decode_state.plan_rows(plan)
+  keys = decode_state.image_keys(KEY, np.asarray(ids))
+  state, inputs = start(keys), Inputs(labels, keys)
+  for _, part in decode_state.chunks(rows, 2):  # the second is padded by one row
     state, finite, _ = decode(params, state, part, tables, inputs, config=SMALL, shapes=plan.shapes)
     assert finite.shape == (2, 2) and finite.all()
   assert error(state.tokens, np.asarray(whole.tokens)) <= 1e-5
@@ -245,9 +246,9 @@ def test_chunks_decode_the_same(params):
 
 def test_known_tokens_stay_and_a_teacher_replaces_the_rest(params):
   plan = make_plan(SMALL, SAMPLE, num_known=6)
-  rows, tables = sampler.plan_rows(plan)
-  keys = sampler.image_keys(KEY, np.arange(2))
-  order = np.asarray(sampler.random_order(keys, SMALL.seq_len))
+  rows, tables = decode_state.plan_rows(plan)
+  keys = decode_state.image_keys(KEY, np.arange(2))
+  order = np.asarray(decode_state.random_order(keys, SMALL.seq_len))
   rng = np.random.default_rng(0)
   tokens, teacher = rng.standard_normal((2, 2, SMALL.seq_len, SMALL.token_dim), np.float32)
   known = np.zeros((2, SMALL.seq_len), bool)
@@ -255,10 +256,10 @@ def test_known_tokens_stay_and_a_teacher_replaces_the_rest(params):
   tokens *= known[..., None]
   state, _, trace = decode(
     params,
-    sampler.DecodeState(tokens, order),
+    DecodeState(tokens, order),
     rows,
     tables,
-    sampler.Inputs(np.asarray([1, 2]), keys, teacher=teacher),
+    Inputs(np.asarray([1, 2]), keys, teacher=teacher),
     config=SMALL,
     shapes=plan.shapes,
     trace=True,
@@ -305,15 +306,15 @@ for policy in ("full", "marche"):
   sample = dataclasses.replace(t.SAMPLE, policy=policy, active_size=9, selection="carried",
                                select_layer=1, num_iter=4)
   plan = t.make_plan(t.SMALL, sample)
-  rows, tables = sampler.plan_rows(plan)
-  keys = sampler.image_keys(t.KEY, ids)
+  rows, tables = decode_state.plan_rows(plan)
+  keys = decode_state.image_keys(t.KEY, ids)
   state = Decoder(plan, mesh=mesh).start(keys)
   with jax.default_matmul_precision("highest"):
     whole, _, _ = t.run(params, ids, labels, sample)
     sharded = sampler.sharded_decode(mesh, plan)
-    lowered = sharded.lower(params, state, rows, tables, sampler.Inputs(labels, keys))
+    lowered = sharded.lower(params, state, rows, tables, Inputs(labels, keys))
     compiled = lowered.compile(compiler_options=golden.QUICK)
-    placed = jax.device_put((params, rows, tables, sampler.Inputs(labels, keys)),
+    placed = jax.device_put((params, rows, tables, Inputs(labels, keys)),
                             (*compiled.input_shardings[0][:1], *compiled.input_shardings[0][2:]))
     parts, finite, _ = compiled(placed[0], state, *placed[1:])
   assert len(parts.tokens.sharding.device_set) == 2
@@ -347,9 +348,9 @@ def test_two_devices_decode_the_same():
 
 def test_program_does_not_grow_with_depth():
   plan = make_plan(SMALL, SAMPLE)
-  rows, tables = sampler.plan_rows(plan)
-  keys = sampler.image_keys(KEY, np.arange(2))
-  arguments = start(keys), rows, tables, sampler.Inputs(np.asarray([0, 1]), keys)
+  rows, tables = decode_state.plan_rows(plan)
+  keys = decode_state.image_keys(KEY, np.arange(2))
+  arguments = start(keys), rows, tables, Inputs(np.asarray([0, 1]), keys)
 
   def size(depth: int) -> int:
     config = dataclasses.replace(SMALL, encoder_depth=depth, decoder_depth=depth)

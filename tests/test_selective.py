@@ -13,8 +13,9 @@ import pytest
 from golden import error, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
-from marche_jax import generation, plan, sampler
+from marche_jax import decode_state, generation, plan, sampler
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decode_state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
@@ -67,14 +68,16 @@ class Recorded:
         for r in found.rows
       ),
     )
-    self.rows, self.tables = sampler.plan_rows(self.plan)
+    self.rows, self.tables = decode_state.plan_rows(self.plan)
 
-  def start(self) -> sampler.DecodeState:
+  def start(self) -> DecodeState:
     batch = len(self.golden["labels"])
     tokens = jnp.zeros((batch, self.config.seq_len, self.config.token_dim))
-    return sampler.empty_state(self.plan, tokens, jnp.asarray(self.golden["orders"]), jnp.float32)
+    return decode_state.empty_state(
+      self.plan, tokens, jnp.asarray(self.golden["orders"]), jnp.float32
+    )
 
-  def step(self, state: sampler.DecodeState, k: int) -> tuple[sampler.DecodeState, sampler.Trace]:
+  def step(self, state: DecodeState, k: int) -> tuple[DecodeState, sampler.Trace]:
     g, batch = self.golden, len(self.golden["labels"])
     one = slice(k, k + 1)
     state, finite, trace = decode(
@@ -82,10 +85,10 @@ class Recorded:
       state,
       jax.tree.map(lambda x: x[one], self.rows),
       self.tables,
-      sampler.Inputs(
+      Inputs(
         g["labels"],
-        sampler.image_keys(KEY, np.arange(batch)),
-        sampler.Noise(g["init_noise"][one], g["step_noise"][one]),
+        decode_state.image_keys(KEY, np.arange(batch)),
+        Noise(g["init_noise"][one], g["step_noise"][one]),
       ),
       config=self.config,
       shapes=self.plan.shapes,
@@ -156,14 +159,14 @@ def test_a_full_refresh_leaves_what_a_fresh_pass_computes():
   config, params = golden.model("mar_patch2")
   sample, g = golden.sampling_run("mar_patch2/sample_cfg_linear.npz")
   found = small_plan(config, dataclasses.replace(sample, policy="marche", active_size=8))
-  rows, tables = sampler.plan_rows(found)
+  rows, tables = decode_state.plan_rows(found)
   full, batch = 3, len(g["labels"])
   shape = found.shapes[found.rows[full].shape]
   assert shape.decoder.active is None and found.rows[full - 1].decoder_active == 8
   tokens = jnp.zeros((batch, config.seq_len, config.token_dim))
-  state = sampler.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
-  inputs = sampler.Inputs(
-    g["labels"], sampler.image_keys(KEY, np.arange(batch)), teacher=g["sampled"].sum(axis=0)
+  state = decode_state.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
+  inputs = Inputs(
+    g["labels"], decode_state.image_keys(KEY, np.arange(batch)), teacher=g["sampled"].sum(axis=0)
   )
   run = functools.partial(decode, config=config, shapes=found.shapes)
   before, _, _ = run(params, state, jax.tree.map(lambda x: x[:full], rows), tables, inputs)
@@ -215,7 +218,7 @@ class Run:
     fields = {"num_sampling_steps": 4, "max_timestep": 500, "cfg": 2.0, "policy": policy, **fields}
     self.plan = small_plan(SMALL, SampleConfig(**fields), self.num_known)
     self.params = golden.random_params(SMALL)
-    self.rows, self.tables = sampler.plan_rows(self.plan)
+    self.rows, self.tables = decode_state.plan_rows(self.plan)
 
   def known(self, image: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [S, C], mask [S]) of an image, others for each."""
@@ -226,12 +229,12 @@ class Run:
 
   def __call__(self, ids: list[int], teacher=None, trace=True, **static):
     """(order, final tokens, trace) of some images; an image's label is its number modulo 8."""
-    keys = sampler.image_keys(KEY, np.asarray(ids))
+    keys = decode_state.image_keys(KEY, np.asarray(ids))
     known = tuple(np.stack(x) for x in zip(*map(self.known, ids)))
     first = generation.initial_state(self.plan, keys, known=known if self.num_known else None)
     dtype = static.get("dtype", jnp.float32)
-    state = sampler.empty_state(self.plan, first.tokens, first.order, dtype)
-    inputs = sampler.Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
+    state = decode_state.empty_state(self.plan, first.tokens, first.order, dtype)
+    inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
     static = {"config": SMALL, "shapes": self.plan.shapes, "trace": trace, **static}
     state, finite, found = decode(self.params, state, self.rows, self.tables, inputs, **static)
     assert finite.all()
@@ -335,14 +338,14 @@ def test_temporary_memory_holds_no_second_cache():
   compiled = quick_jit(sampler.decode, static_argnames=sampler.STATIC, donate_argnums=1)
   for policy in ("full", "marche"):
     found = small_plan(config, SampleConfig(num_iter=8, num_sampling_steps=4, policy=policy))
-    rows, tables = sampler.plan_rows(found)
+    rows, tables = decode_state.plan_rows(found)
 
     def start(found: DecodePlan = found):
       tokens = jnp.zeros((batch, config.seq_len, config.token_dim))
       order = jnp.zeros((batch, config.seq_len), jnp.int32)
-      keys = sampler.image_keys(KEY, jnp.arange(batch))
-      state = sampler.empty_state(found, tokens, order, jnp.float32)
-      return state, sampler.Inputs(jnp.zeros(batch, jnp.int32), keys)
+      keys = decode_state.image_keys(KEY, jnp.arange(batch))
+      state = decode_state.empty_state(found, tokens, order, jnp.float32)
+      return state, Inputs(jnp.zeros(batch, jnp.int32), keys)
 
     state, inputs = jax.eval_shape(start)
     lowered = compiled.lower(

@@ -52,10 +52,14 @@ def _compile(config: str, batch_per_chip: int, *options: str) -> dict[str, Any]:
 # proportional to the batch; with caches fewer. A compilation takes minutes on one core, so they run
 # in the background from the first test on.
 REQUESTS = {
+  ("mar_huge", "marche"): 32,
+  ("mar_base", "marche"): 64,
   ("mar_base", "full"): 512,
   ("mar_huge", "full"): 256,
-  ("mar_base", "marche"): 64,
+  ("mar_base", "turbo"): 256,
+  ("mar_huge", "turbo"): 128,
 }
+SHAPES = {("mar_base", "marche"): 64, ("mar_base", "turbo"): 32}
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +70,10 @@ def compiled() -> Iterator[dict[tuple[str, str], Future]]:
       (config, policy): pool.submit(_compile, config, batch, f"--policy={policy}")
       for (config, policy), batch in REQUESTS.items()
     }
-    futures["mar_base", "shapes of turbo"] = pool.submit(
-      _compile, "mar_base", 32, "--policy=turbo", "--shapes"
-    )
+    for (config, policy), batch in SHAPES.items():
+      futures[config, f"shapes of {policy}"] = pool.submit(
+        _compile, config, batch, f"--policy={policy}", "--shapes"
+      )
     yield futures
     pool.shutdown(cancel_futures=True)
 
@@ -76,7 +81,7 @@ def compiled() -> Iterator[dict[tuple[str, str], Future]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("config, policy", REQUESTS)
 def test_decoding_compiles_for_v5e(compiled: dict, config: str, policy: str) -> None:
-  """It fits a chip, has no collective, and does not need the size of its cache again."""
+  """It fits a chip, has no collective, does not copy its cache nor need the size of it again."""
   report = compiled[config, policy].result()
   print(json.dumps(report))
   assert report["collectives_of_psum"] == ["all-reduce"]  # the search finds them where they are
@@ -90,12 +95,14 @@ def test_decoding_compiles_for_v5e(compiled: dict, config: str, policy: str) -> 
     plain = compiled[config, "full"].result()
     temporary = plain["temp_bytes"] * report["batch_per_chip"] / plain["batch_per_chip"]
     assert report["temp_bytes"] < temporary + report["cache_bytes"]
+  assert report["copies_of_caches"] == 0
 
 
 @pytest.mark.slow
-def test_compiled_flops_of_every_step_shape(compiled: dict) -> None:
+@pytest.mark.parametrize("config, policy", SHAPES)
+def test_compiled_flops_of_every_step_shape(compiled: dict, config: str, policy: str) -> None:
   """The plan's prediction against the compiler's count, each loop's body counted once."""
-  report = compiled["mar_base", "shapes of turbo"].result()
+  report = compiled[config, f"shapes of {policy}"].result()
   print(json.dumps(report))
   for shape in report["shapes"]:
     assert 0.85 <= shape["compiled"] / shape["predicted"] <= 1.15

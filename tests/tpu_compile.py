@@ -23,8 +23,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marche_jax import cost, head_sampler, sampler
+from marche_jax import cost, decode_state, head_sampler, sampler
 from marche_jax.config import SampleConfig, freeze
+from marche_jax.decode_state import Inputs
 from marche_jax.models.mar import abstract_params, inference_params
 from marche_jax.plan import DecodePlan, StepShape
 from marche_jax.policies import make_plan
@@ -74,23 +75,23 @@ class Request:
     params = jax.eval_shape(
       functools.partial(inference_params, dtype=jnp.bfloat16), abstract_params(config)
     )
-    rows, tables = sampler.plan_rows(plan)
+    rows, tables = decode_state.plan_rows(plan)
     if shapes is not None:
       rows = jax.tree.map(lambda x: x[:1], rows)
     state, inputs = jax.eval_shape(
       lambda: (
-        sampler.empty_state(
+        decode_state.empty_state(
           self.plan,
           jnp.zeros((batch, config.seq_len, config.token_dim)),
           jnp.zeros((batch, config.seq_len), jnp.int32),
           jnp.bfloat16,
         ),
-        sampler.Inputs(
-          jnp.zeros(batch, jnp.int32), sampler.image_keys(jax.random.key(0), jnp.arange(batch))
+        Inputs(
+          jnp.zeros(batch, jnp.int32), decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
         ),
       )
     )
-    state = jax.tree.map(give, state, sampler.state_specs(self.plan, "data"))
+    state = jax.tree.map(give, state, decode_state.state_specs(self.plan, "data"))
     inputs = jax.tree.map(lambda x: give(x, PartitionSpec("data")), inputs)
     decode = sampler.sharded_decode(self.mesh, plan, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16)
     start = time.monotonic()
@@ -127,7 +128,7 @@ def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
   are counted; the diffusion steps are one that takes the modulations of several.
   """
   config = dataclasses.replace(plan.config, encoder_depth=1, decoder_depth=2)
-  steps = shape.head.steps or max(len(p.timesteps) for p in plan.processes)
+  steps = shape.head.steps or shape.head.fewest
   halves = 2 if shape.guided else 1
   flops = cost.step_flops(config, shape, 1)
   together = head_sampler.steps_together(steps, halves * batch * shape.head.slots)
@@ -145,6 +146,9 @@ def flops_of_shapes(request: Request) -> list[dict[str, float]]:
       {
         "compiled": compiled.cost_analysis()["flops"],
         "predicted": bodies_once(request.plan, shape, request.batch_per_chip),
+        "copies_of_caches": copies_of_caches(
+          compiled.as_text(), request.plan, request.batch_per_chip
+        ),
         "seconds": round(seconds, 1),
       }
     )

@@ -14,7 +14,8 @@ from collections.abc import Callable
 
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.diffusion import log_snr_timesteps, respaced_timesteps
-from marche_jax.plan import DecodePlan, Draft, build, full_steps
+from marche_jax.draft import Draft, build, full_steps
+from marche_jax.plan import DecodePlan
 from marche_jax.policies.disa import disa
 from marche_jax.policies.gtr import gtr
 from marche_jax.policies.lazymar import lazymar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from marche_jax.diffusion import respaced_timesteps
-from marche_jax.plan import Draft
+from marche_jax.draft import Draft
 
 FIRST, LAST, MAX_TIMESTEP = 50, 5, 950
 

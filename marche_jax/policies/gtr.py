@@ -6,7 +6,7 @@ import numpy as np
 
 from marche_jax.config import ModelConfig
 from marche_jax.diffusion import respaced_timesteps
-from marche_jax.plan import Draft, make_steps
+from marche_jax.draft import Draft, make_steps
 
 STAGES = ((0.25, 24), (0.25, 6), (0.5, 2))
 """Share of the tokens, and iterations where `full` takes 64: 2.67, 10.67 and 64 tokens each."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from absl import logging
 
-from marche_jax.plan import Draft, Refresh
+from marche_jax.draft import Draft, Refresh
 
 ACTIVE_SHARE = 0.2
 """Of all positions: 64 of 256 tokens and 64 buffer tokens."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from marche_jax.diffusion import respaced_timesteps
-from marche_jax.plan import Draft, Refresh, guidance_schedule
+from marche_jax.draft import Draft, Refresh, guidance_schedule
 
 LOCAL_STEPS = 0.4
 """Share of the diffusion steps that a local iteration takes."""
@@ -17,6 +17,8 @@ def recap(draft: Draft) -> None:
   A local iteration recomputes the buffer tokens, those just decoded and those about to be, and
   reads the keys and values of all others from the full one before it.
   """
+  if draft.sample.recap_raster and draft.stages is not None:
+    raise ValueError("sample.recap_raster=True: contradicts the order of gtr and turbo")
   buffer = draft.config.buffer_size
   for k in range(len(draft.steps) // 2 + 1, len(draft.steps), 2):
     step = draft.steps[k]

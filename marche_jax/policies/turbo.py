@@ -8,7 +8,7 @@ it as `turbo+marche`, cost more quality there than it gained speed.
 from __future__ import annotations
 
 from marche_jax.diffusion import log_snr_timesteps
-from marche_jax.plan import Draft
+from marche_jax.draft import Draft
 from marche_jax.policies.gtr import checkerboard
 
 SHARE = 0.375

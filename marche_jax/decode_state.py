@@ -1,0 +1,193 @@
+"""What decoding works on: the state that iterations hand on, a plan's rows, and a batch's inputs.
+
+Reference: `MAR.sample_tokens`. Shapes as in `models/mar.py`; X = guidance halves times images, the
+conditional half first; rank order as in `cache.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from marche_jax import diffusion
+from marche_jax.cache import KVCache, empty_cache
+from marche_jax.plan import DecodePlan
+
+# Streams of an image's random numbers.
+ORDER_STREAM, NOISE_STREAM = 0, 1
+
+
+@flax.struct.dataclass
+class DecodeState:
+  """What one iteration maps to the next. What a plan does not need is None."""
+
+  tokens: jax.Array  # float32 [B, S, C]; zero where unknown
+  order: jax.Array  # int32 [B, S]; tokens are revealed from its end
+  encoder: KVCache | None = None  # [L, X, N, De]; X of the plan's cache_halves
+  decoder: KVCache | None = None  # [L, X, N, Dd]
+  decoder_input: Any = None  # [X, N, Dd]: what the decoder's first layer sees, by rank
+  difference: Any = None  # [B, S, Dd]: unconditional minus conditional, before the decoder's norm
+  scores: Any = None  # (encoder's, decoder's), float32 [X, N]: attention of the last iteration
+
+
+@flax.struct.dataclass
+class Rows:
+  """Row data of a plan on the device, each [R]."""
+
+  shape: Any  # int32; -1 runs nothing (padding)
+  num_known: Any  # int32
+  num_previous: Any  # int32
+  num_predict: Any  # int32
+  encoder_active: Any  # int32
+  decoder_active: Any  # int32
+  cfg: Any  # float32
+  table: Any  # int32
+  steps: Any  # int32
+  num_detail: Any  # int32
+  detail_table: Any  # int32
+
+
+@flax.struct.dataclass
+class Tables:
+  """Diffusion tables of a plan, padded to the longest."""
+
+  coefficients: diffusion.Coefficients  # each [tables, T]
+  temperature: Any  # float32 []
+
+
+@flax.struct.dataclass
+class Noise:
+  """Recorded noise that replaces drawn noise."""
+
+  initial: Any  # float32 [R, B, S, C]: x_T
+  steps: Any  # float32 [R, T, B, S, C]: index 0 is the first executed step
+
+
+@flax.struct.dataclass
+class Inputs:
+  """What a batch is decoded from."""
+
+  labels: Any  # int32 [B]
+  keys: Any  # typed keys [B], one per image
+  noise: Noise | None = None
+  teacher: Any = None  # float32 [B, S, C]: these values replace what the head samples
+
+
+def image_keys(key: jax.Array, image_ids: jax.Array) -> jax.Array:
+  """Key of every image [B]: depends on the run's key and the image's number alone."""
+  return jax.vmap(functools.partial(jax.random.fold_in, key))(image_ids)
+
+
+def random_order(keys: jax.Array, seq_len: int) -> jax.Array:
+  """A uniformly random order of the tokens of every image, int32 [B, S]."""
+  fold = functools.partial(jax.random.permutation, x=seq_len)
+  return jax.vmap(lambda k: fold(jax.random.fold_in(k, ORDER_STREAM)))(keys).astype(jnp.int32)
+
+
+def arrange(plan: DecodePlan, order: Any) -> jax.Array:
+  """Orders int [B, S] under the plan's rule, int32 [B, S].
+
+  Positions of a lower stage come first, each stage in the order given; then the tokens of every
+  raster group are put into raster order. The plan's known tokens, at the end of the order, stay.
+  """
+  by_rank = jnp.asarray(order, jnp.int32)[:, ::-1]
+  sort = lambda key: jnp.take_along_axis(by_rank, jnp.argsort(key, axis=1, stable=True), axis=1)  # noqa: E731
+  if plan.stages is not None:
+    known = np.arange(by_rank.shape[1]) < plan.rows[0].num_known
+    by_rank = sort(jnp.where(known, -1, jnp.asarray(plan.stages, jnp.int32)[by_rank]))
+  if plan.raster_groups:
+    size = plan.config.seq_len
+    group, raster = np.arange(size, dtype=np.int32), np.zeros(size, np.int32)
+    for start, end in plan.raster_groups:
+      group[start:end], raster[start:end] = start, 1
+    by_rank = sort(group * size + raster * by_rank)
+  return by_rank[:, ::-1]
+
+
+def empty_state(plan: DecodePlan, tokens: Any, order: Any, dtype: Any) -> DecodeState:
+  """The state before the first iteration.
+
+  Args:
+    plan: what will be run: says which caches are needed.
+    tokens: float32 [B, S, C], zero where unknown.
+    order: int32 [B, S], as `arrange` gives it.
+    dtype: of the transformer's activations, and so of the caches.
+  """
+  config, halves = plan.config, plan.cache_halves
+  state = DecodeState(tokens, order)
+  if not halves:
+    return state
+  batch, positions = tokens.shape[0], config.buffer_size + config.seq_len
+  wide = config.decoder_embed_dim
+  sequences = halves * batch
+  score = lambda: jnp.zeros((sequences, positions))  # noqa: E731
+  return dataclasses.replace(
+    state,
+    encoder=empty_cache(
+      config.encoder_depth, sequences, positions, config.encoder_embed_dim, dtype
+    ),
+    decoder=empty_cache(config.decoder_depth, sequences, positions, wide, dtype),
+    decoder_input=jnp.zeros((sequences, positions, wide), dtype),
+    difference=jnp.zeros((batch, config.seq_len, wide), dtype) if plan.stores_difference else None,
+    scores=(score(), score()) if plan.carries_scores else None,
+  )
+
+
+def state_specs(plan: DecodePlan, axis: str) -> DecodeState:
+  """How a state is laid out over a mesh axis of devices that decode images of their own.
+
+  The sequences of a device's caches are its images' guidance halves; nobody else looks at them.
+  """
+  state = jax.eval_shape(
+    lambda: empty_state(plan, jnp.zeros((1, 1, 1)), jnp.zeros((1, 1), jnp.int32), jnp.float32)
+  )
+  data = lambda tree: jax.tree.map(lambda _: PartitionSpec(axis), tree)  # noqa: E731
+  caches = lambda tree: jax.tree.map(lambda _: PartitionSpec(None, axis), tree)  # noqa: E731
+  return dataclasses.replace(
+    data(state), encoder=caches(state.encoder), decoder=caches(state.decoder)
+  )
+
+
+def plan_rows(plan: DecodePlan) -> tuple[Rows, Tables]:
+  """A plan's rows and tables as device data (numpy)."""
+  lengths = [len(p.timesteps) for p in plan.processes]
+  longest = max(lengths)
+  padded = [
+    jax.tree.map(lambda x: np.pad(x, (0, longest - len(x))), p.coefficients())
+    for p in plan.processes
+  ]
+  column = lambda dtype, values: np.asarray(list(values), dtype)  # noqa: E731
+  integers = {
+    name: column(np.int32, (getattr(row, name) for row in plan.rows))
+    for name in ("shape", "num_known", "num_previous", "num_predict", "encoder_active",
+                 "decoder_active", "num_detail")
+  }  # fmt: skip
+  rows = Rows(
+    **integers,
+    cfg=column(np.float32, (r.cfg for r in plan.rows)),
+    table=column(np.int32, (r.process for r in plan.rows)),
+    steps=column(np.int32, (lengths[r.process] for r in plan.rows)),
+    detail_table=column(np.int32, (r.detail_process for r in plan.rows)),
+  )
+  coefficients = jax.tree.map(lambda *x: np.stack(x), *padded)
+  return rows, Tables(coefficients, np.float32(plan.temperature))
+
+
+def chunks(rows: Rows, size: int) -> Iterator[tuple[int, Rows]]:
+  """Splits rows into (rows done after it, chunk of exactly `size` rows), the last one padded."""
+  total = len(rows.shape)
+  for start in range(0, total, size):
+    end = min(start + size, total)
+    pad = size - (end - start)
+    chunk = jax.tree.map(lambda x, s=start, e=end, p=pad: np.pad(x[s:e], (0, p)), rows)
+    if pad:
+      chunk.shape[-pad:] = -1
+    yield end, chunk

@@ -1,0 +1,235 @@
+"""Drafts: what policies edit, exact numbers without padding; and how a draft becomes a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.diffusion import make_process
+from marche_jax.grouping import group_shapes
+from marche_jax.plan import DecodePlan, HeadShape, Row, StackShape, StepShape
+
+
+@dataclasses.dataclass(frozen=True)
+class Refresh:
+  """What a selective step recomputes in one stack: `count` tokens, chosen as `StackShape` says."""
+
+  count: int
+  source: str = "none"
+  score: str = "attention"
+  layer: int = 0
+  buffer: bool = False
+
+
+@dataclasses.dataclass
+class Step:
+  """One iteration as policies see it: exact numbers, no padding."""
+
+  num_known: int
+  num_previous: int
+  num_predict: int
+  mask_len: int
+  cfg: float
+  timesteps: tuple[int, ...]  # of the diffusion, ascending
+  halves: int
+  encoder: Refresh | None = None  # None: every token is recomputed
+  decoder: Refresh | None = None
+  num_detail: int = 0  # tokens of the highest frequency, with steps of their own
+  detail_timesteps: tuple[int, ...] = ()
+  head_cached: bool = False
+
+  @property
+  def full(self) -> bool:
+    """Both stacks recompute every token."""
+    return self.encoder is None and self.decoder is None
+
+
+@dataclasses.dataclass
+class Draft:
+  """What policies edit, one after the other."""
+
+  config: ModelConfig
+  sample: SampleConfig
+  num_known: int  # image tokens that are given
+  steps: list[Step]
+  solver: str = "ddpm"
+  stages: np.ndarray | None = None  # int [S] by position: lower stages are revealed first
+  raster_groups: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+  @property
+  def guided(self) -> bool:
+    return self.sample.cfg != 1.0
+
+  def positions(self) -> int:
+    """Tokens that the decoder sees."""
+    return self.config.buffer_size + self.config.seq_len
+
+
+def mask_schedule(unknown: int, num_iter: int) -> tuple[np.ndarray, np.ndarray]:
+  """The cosine schedule: (mask_len after, tokens predicted in) each iteration, int [num_iter].
+
+  floor(unknown * cos(pi/2 * (k+1) / num_iter)) in float64, at least one fewer than before and at
+  least one; the last iteration predicts all that is left (reference: `MAR.sample_tokens`).
+
+  Raises:
+    ValueError: where there are more iterations than tokens to predict.
+  """
+  if not 1 <= num_iter <= unknown:
+    raise ValueError(
+      f"sample.num_iter={num_iter}: expected 1 to {unknown}, the number of tokens to predict"
+    )
+  mask_len, predicted, masked = [], [], unknown
+  for k in range(num_iter):
+    after = max(
+      1, min(masked - 1, math.floor(unknown * math.cos(math.pi / 2 * (k + 1) / num_iter)))
+    )
+    mask_len.append(after)
+    predicted.append(masked if k == num_iter - 1 else masked - after)
+    masked = after
+  return np.asarray(mask_len), np.asarray(predicted)
+
+
+def guidance_schedule(sample: SampleConfig, seq_len: int, mask_len: np.ndarray) -> np.ndarray:
+  """Guidance scale of each iteration, float64 [num_iter] (reference: `MAR.sample_tokens`)."""
+  if sample.cfg_schedule == "constant":
+    return np.full(len(mask_len), sample.cfg)
+  return 1 + (sample.cfg - 1) * (seq_len - mask_len) / seq_len
+
+
+def full_steps(
+  config: ModelConfig, sample: SampleConfig, num_known: int, timesteps: Sequence[int]
+) -> list[Step]:
+  """The iterations of MAR as published, every token recomputed (reference: `MAR.sample_tokens`)."""
+  mask_len, predicted = mask_schedule(config.seq_len - num_known, sample.num_iter)
+  return make_steps(config, sample, num_known, mask_len, predicted, timesteps)
+
+
+def make_steps(
+  config: ModelConfig,
+  sample: SampleConfig,
+  num_known: int,
+  mask_len: np.ndarray,
+  predicted: np.ndarray,
+  timesteps: Sequence[int],
+) -> list[Step]:
+  """Full iterations with given counts.
+
+  Args:
+    config, sample: of the run.
+    num_known: image tokens that are given.
+    mask_len: tokens still masked after each iteration, as guidance counts them, int [R].
+    predicted: tokens predicted in each, int [R].
+    timesteps: of the diffusion, ascending.
+  """
+  scale = guidance_schedule(sample, config.seq_len, mask_len)
+  known = num_known + np.cumsum(predicted) - predicted
+  before = np.concatenate([[0], predicted[:-1]])
+  return [
+    Step(
+      num_known=int(known[k]),
+      num_previous=int(before[k]),
+      num_predict=int(predicted[k]),
+      mask_len=int(mask_len[k]),
+      cfg=float(scale[k]),
+      timesteps=tuple(int(t) for t in timesteps),
+      halves=1 if sample.cfg == 1.0 else 2,
+    )
+    for k in range(len(predicted))
+  ]
+
+
+def build(draft: Draft) -> DecodePlan:
+  """Groups the steps of a draft into step shapes.
+
+  Raises:
+    ValueError: where a step would need what no step before it leaves behind.
+  """
+  steps = draft.steps
+  differences = _differences(draft)
+  exact = [_exact_shape(draft, k, differences[k]) for k in range(len(steps))]
+  shapes = group_shapes(draft.config, exact, [len(s.timesteps) for s in steps])
+  distinct = tuple(dict.fromkeys(shapes))
+  tables = dict.fromkeys(s.timesteps for s in steps)
+  tables |= dict.fromkeys(s.detail_timesteps for s in steps if s.num_detail)
+  names = list(tables)
+  buffer = draft.config.buffer_size
+  rows = tuple(
+    Row(
+      shape=distinct.index(shapes[k]),
+      num_known=s.num_known,
+      num_previous=s.num_previous,
+      num_predict=s.num_predict,
+      mask_len=s.mask_len,
+      cfg=s.cfg,
+      process=names.index(s.timesteps),
+      encoder_active=exact[k].encoder.active or buffer + s.num_known,
+      decoder_active=exact[k].decoder.active or draft.positions(),
+      num_detail=s.num_detail,
+      detail_process=names.index(s.detail_timesteps) if s.num_detail else 0,
+    )
+    for k, s in enumerate(steps)
+  )
+  processes = tuple(make_process(np.asarray(t, np.int64)) for t in names)
+  return DecodePlan(
+    draft.config, distinct, rows, processes, draft.sample.temperature, draft.stages,
+    tuple(draft.raster_groups),
+  )  # fmt: skip
+
+
+def _differences(draft: Draft) -> list[int]:
+  """For each step, of how many tokens (from its own on) it stores the difference of the halves."""
+  reach = [0] * len(draft.steps)
+  owner = None
+  for k, step in enumerate(draft.steps):
+    if step.halves == 2 or not draft.guided:
+      owner = k if step.full else None
+    elif owner is None:
+      raise ValueError(f"iteration {k} computes the conditional half alone; no full one before it")
+    else:
+      reach[owner] = step.num_known + step.num_predict - draft.steps[owner].num_known
+  return reach
+
+
+def _exact_shape(draft: Draft, k: int, difference: int) -> StepShape:
+  """The unpadded shape of a step."""
+  config, step = draft.config, draft.steps[k]
+  sources = {r.source: r.layer for s in draft.steps for r in (s.encoder, s.decoder) if r}
+
+  def stack(refresh: Refresh | None, slots: int, forced: int, fresh: int) -> StackShape:
+    seen = config.buffer_size + slots
+    record = max(1, fresh) if "carried" in sources else 0
+    if refresh is None or (refresh.source != "lower" and refresh.count >= seen):
+      return StackShape(slots, layer=sources.get("carried", 0), record=record)
+    return StackShape(
+      slots,
+      active=min(refresh.count, seen),
+      forced=forced,
+      buffer=refresh.buffer,
+      source=refresh.source,
+      score=refresh.score,
+      layer=refresh.layer,
+      record=record,
+    )
+
+  return StepShape(
+    encoder=stack(step.encoder, step.num_known, step.num_previous, step.num_previous),
+    decoder=stack(
+      step.decoder, config.seq_len, step.num_previous + step.num_predict, step.num_predict
+    ),
+    head=HeadShape(
+      slots=step.num_predict,
+      steps=len(step.timesteps),
+      fewest=len(step.timesteps),
+      solver=draft.solver,
+      detail=step.num_detail,
+      detail_steps=len(step.detail_timesteps) if step.num_detail else 0,
+      cached=step.head_cached,
+    ),
+    guided=draft.guided,
+    halves=step.halves,
+    difference=difference,
+  )

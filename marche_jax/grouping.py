@@ -1,0 +1,151 @@
+"""Padding: which rows of a plan share a step shape.
+
+Every distinct shape is compiled, so that there are few; every row pays for what its shape is wider
+than the row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from marche_jax import cost
+from marche_jax.config import ModelConfig
+from marche_jax.plan import StackShape, StepShape
+
+MAX_PADDING = 1.2
+"""Padded over exact work in encoder and head above which a plan gets another step shape."""
+
+MAX_STEP_SHAPES = 8
+
+
+def group_shapes(
+  config: ModelConfig,
+  exact: Sequence[StepShape],
+  steps: Sequence[int],
+) -> list[StepShape]:
+  """Padded shapes of all rows: as few distinct ones as the bounds on padding allow.
+
+  Rows of one kind, in their order, are cut into runs that share a shape. The cut of least work into
+  a number of runs is found by dynamic programming; the kind that gains most gets another run until
+  encoder and head are padded by at most `MAX_PADDING`, or there are `MAX_STEP_SHAPES`.
+
+  Args:
+    config: sizes.
+    exact: unpadded shape of every row.
+    steps: diffusion steps of every row.
+  """
+  kinds: dict[StepShape, list[int]] = {}
+  for k, shape in enumerate(exact):
+    kinds.setdefault(_kind(shape), []).append(k)
+  splits = [_splits(config, [exact[k] for k in rows], [steps[k] for k in rows])
+            for rows in kinds.values()]  # fmt: skip
+  counts = [1] * len(splits)
+  while True:
+    grouped: list[StepShape] = list(exact)
+    for rows, split, count in zip(kinds.values(), splits, counts):
+      for k, shape in zip(rows, split[count - 1][1]):
+        grouped[k] = shape
+    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact) <= MAX_PADDING:
+      return grouped
+    gains = [
+      split[count - 1][0] - split[count][0] if count < len(split) else -1.0
+      for split, count in zip(splits, counts)
+    ]
+    best = int(np.argmax(gains))
+    if gains[best] < 0:
+      return grouped
+    counts[best] += 1
+
+
+def _kind(shape: StepShape) -> StepShape:
+  """What of a shape cannot be padded: a shape with the same kind can take its place."""
+
+  def stack(s: StackShape) -> StackShape:
+    return dataclasses.replace(
+      s, slots=0, active=None if s.active is None else 0, forced=0, record=min(s.record, 1)
+    )
+
+  head = dataclasses.replace(
+    shape.head, slots=0, steps=shape.head.steps if shape.head.cached else None, fewest=1,
+    detail=min(shape.head.detail, 1),
+  )  # fmt: skip
+  return dataclasses.replace(
+    shape,
+    encoder=stack(shape.encoder),
+    decoder=stack(shape.decoder),
+    head=head,
+    difference=min(shape.difference, 1),
+  )
+
+
+def _widest(a: StepShape, b: StepShape) -> StepShape:
+  """The smallest shape that takes the rows of two shapes of one kind."""
+
+  def stack(x: StackShape, y: StackShape) -> StackShape:
+    active = None if x.active is None else max(x.active, y.active or 0)
+    return dataclasses.replace(
+      x, slots=max(x.slots, y.slots), active=active, forced=max(x.forced, y.forced),
+      record=max(x.record, y.record),
+    )  # fmt: skip
+
+  return dataclasses.replace(
+    a,
+    encoder=stack(a.encoder, b.encoder),
+    decoder=stack(a.decoder, b.decoder),
+    head=dataclasses.replace(
+      a.head,
+      slots=max(a.head.slots, b.head.slots),
+      steps=a.head.steps if a.head.steps == b.head.steps else None,
+      fewest=min(a.head.fewest, b.head.fewest),
+      detail=max(a.head.detail, b.head.detail),
+    ),
+    difference=max(a.difference, b.difference),
+  )
+
+
+def _padding(
+  config: ModelConfig,
+  grouped: Sequence[StepShape],
+  exact: Sequence[StepShape],
+) -> float:
+  """The larger of padded over exact tokens, in encoder and head."""
+
+  def tokens(shapes: Sequence[StepShape]) -> tuple[int, int]:
+    encoder = sum(s.encoder.active or config.buffer_size + s.encoder.slots for s in shapes)
+    return encoder, sum(s.head.slots for s in shapes)
+
+  return max(a / b for a, b in zip(tokens(grouped), tokens(exact)))
+
+
+def _splits(
+  config: ModelConfig, exact: Sequence[StepShape], steps: Sequence[int]
+) -> list[tuple[float, list[StepShape]]]:
+  """For 1, 2, ... runs: the least work, and the shape of each row (of one kind)."""
+  n = len(exact)
+  work = np.full((n + 1, n + 1), np.inf)  # work[i, j]: rows i to j - 1 as one run
+  shapes: dict[tuple[int, int], StepShape] = {}
+  for i in range(n):
+    shape, total = exact[i], 0
+    for j in range(i + 1, n + 1):
+      shape, total = _widest(shape, exact[j - 1]), total + steps[j - 1]
+      # Work is linear in the number of diffusion steps.
+      work[i, j] = (j - i) * cost.step_flops(config, shape, total / (j - i)).total
+      shapes[i, j] = shape
+  best, ends = work[0].copy(), [np.zeros(n + 1, int)]
+  found = []
+  for count in range(1, min(MAX_STEP_SHAPES, n) + 1):
+    if count > 1:
+      options = best[:, None] + work
+      ends.append(options.argmin(axis=0))
+      best = options.min(axis=0)
+    rows: list[StepShape] = []
+    j = n
+    for back in reversed(ends[:count]):
+      i = int(back[j])
+      rows = [shapes[i, j]] * (j - i) + rows
+      j = i
+    found.append((float(best[n]), rows))
+  return found
