@@ -279,13 +279,19 @@ jitted_decode = jax.jit(decode, static_argnames=STATIC, donate_argnums=1)
 def sharded_decode(mesh: Mesh, plan: DecodePlan, **static: Any) -> Callable:
   """`decode` over the `data` axis of a mesh: every device decodes its images on its own.
 
-  Returns a jitted (params, state, rows, tables, inputs) -> (state, finite, None); the number of
-  images must be a multiple of the mesh's size.
+  Args:
+    mesh: the devices.
+    plan: what will be run.
+    static: as in `decode`; `shapes`, some of the plan's, where not all of its rows are run.
+
+  Returns:
+    A jitted (params, state, rows, tables, inputs) -> (state, finite, None); the number of images
+    must be a multiple of the mesh's size.
   """
   data, everywhere = PartitionSpec("data"), PartitionSpec()
   state = state_specs(plan, "data")
   mapped = jax.shard_map(
-    functools.partial(decode, config=plan.config, shapes=plan.shapes, **static),
+    functools.partial(decode, **{"config": plan.config, "shapes": plan.shapes, **static}),
     mesh=mesh,
     in_specs=(everywhere, state, everywhere, everywhere, data),
     out_specs=(state, PartitionSpec(None, "data"), everywhere),

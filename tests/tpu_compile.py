@@ -63,7 +63,7 @@ class Request:
 
   def compile(self, shapes: tuple[StepShape, ...] | None = None) -> tuple[Any, float]:
     """The compiled `sharded_decode` (of one row with `shapes`), and the seconds it took."""
-    plan = self.plan if shapes is None else dataclasses.replace(self.plan, shapes=shapes)
+    plan = self.plan
     config, batch = plan.config, self.batch_per_chip * self.mesh.size
 
     def give(x: Any, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
@@ -81,7 +81,7 @@ class Request:
     state, inputs = jax.eval_shape(
       lambda: (
         decode_state.empty_state(
-          self.plan,
+          plan,
           jnp.zeros((batch, config.seq_len, config.token_dim)),
           jnp.zeros((batch, config.seq_len), jnp.int32),
           jnp.bfloat16,
@@ -91,9 +91,11 @@ class Request:
         ),
       )
     )
-    state = jax.tree.map(give, state, decode_state.state_specs(self.plan, "data"))
+    state = jax.tree.map(give, state, decode_state.state_specs(plan, "data"))
     inputs = jax.tree.map(lambda x: give(x, PartitionSpec("data")), inputs)
-    decode = sampler.sharded_decode(self.mesh, plan, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16)
+    decode = sampler.sharded_decode(
+      self.mesh, plan, shapes=shapes or plan.shapes, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16
+    )
     start = time.monotonic()
     compiled = decode.lower(
       everywhere(params), state, *everywhere((rows, tables)), inputs
