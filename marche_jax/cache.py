@@ -34,8 +34,12 @@ class KVCache:
 
   def read(self, layer: jax.Array, sequences: int, positions: int) -> tuple[jax.Array, jax.Array]:
     """Keys and values of a layer: the first sequences and positions, each [X, n, width]."""
-    size = (1, sequences, positions, self.k.shape[-1])
-    return tuple(jax.lax.dynamic_slice(x, (layer, 0, 0, 0), size)[0] for x in (self.k, self.v))  # type: ignore[return-value]
+    size, at = (1, sequences, positions, self.k.shape[-1]), (layer, 0, 0, 0)
+
+    def get(x: jax.Array) -> jax.Array:
+      return _row_major(jax.lax.dynamic_slice(_row_major(x), at, size))[0]
+
+    return get(self.k), get(self.v)
 
   def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     """Stores keys and values [X, n, width] of a layer's first n positions.
@@ -59,7 +63,7 @@ class KVCache:
 
 
 def _row_major(x: jax.Array) -> jax.Array:
-  """Pins the layout: a TPU would write in one, scatter into another, and copy in between."""
+  """Pins the layout: a TPU would write in one and read in another, and copy all in between."""
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
