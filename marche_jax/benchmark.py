@@ -32,7 +32,7 @@ from marche_jax import flags as flags_lib
 from marche_jax import sample as sample_lib
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.embedded import CONFIG
-from marche_jax.entries import ALL, parse_entries
+from marche_jax.entries import ALL, all_entries, parse_entries
 from marche_jax.images import atomic_write, check_writable, write_png
 from marche_jax.models.mar import Params, abstract_params
 from marche_jax.sources import IdxSource
@@ -48,7 +48,7 @@ def define_flags() -> None:
   flags.DEFINE_list(
     "policies", None,
     "Policies to compare, each with fields of its own: full,marche:refresh_interval=9; 'all' are "
-    + ",".join(ALL),
+    f"{','.join(ALL)}, and full in half the iterations",
   )  # fmt: skip
   flags.DEFINE_string("policy", None, "One policy, as in --policies.")
   flags.DEFINE_integer(
@@ -131,7 +131,7 @@ def measure_quality() -> None:
   """Draws and judges the same images under several policies."""
   values = flags.FLAGS
   model, sample = sample_lib.load(values.checkpoint, values["config"])
-  entries = parse_entries(asked(sample, ALL), model.config, sample)
+  entries = parse_entries(asked(sample, all_entries(sample)), model.config, sample)
   settings = comparison.Settings(
     num_images=values.num_images,
     batch_size=250 if values.batch_size is None else values.batch_size,
@@ -159,7 +159,7 @@ def measure_quality() -> None:
     say(f"no {out / 'quality.png'}: {error}")
 
 
-def asked(sample: SampleConfig, default: tuple[str, ...] | None = None) -> list[str]:
+def asked(sample: SampleConfig, default: list[str] | None = None) -> list[str]:
   """The entries that the flags ask for; without any, the default or the configuration's policy."""
   values = flags.FLAGS
   if values.policy is not None and values.policies is not None:
@@ -167,8 +167,8 @@ def asked(sample: SampleConfig, default: tuple[str, ...] | None = None) -> list[
   if values.policy is not None:
     return [values.policy]
   if values.policies is None:
-    return list(default or [sample.policy])
-  return list(ALL) if values.policies == ["all"] else values.policies
+    return default or [sample.policy]
+  return all_entries(sample) if values.policies == ["all"] else values.policies
 
 
 def model_name() -> str:

@@ -61,6 +61,12 @@ def calibrate(
     )
   labels = check_labels(labels, model.config)
   sample = dataclasses.replace(sample, refresh_iterations=())
+  if not make_plan(model.config, sample).cache_halves:
+    raise ValueError(
+      f"nothing to calibrate: with sample.num_iter={sample.num_iter}, "
+      f"refresh_interval={sample.refresh_interval} and active_size={sample.active_size} no "
+      "iteration reads a cache"
+    )
   drift = measure_drift(model, sample, labels, key, dtype)
   budget = make_plan(model.config, sample).flops(padded=False).total
   for count in range(-(-len(drift) // sample.refresh_interval), 0, -1):

@@ -165,7 +165,7 @@ def _draw_batch(
   """Images, latents and the seconds that decoding of the batch took."""
   size = settings.batch_size
   ids = jnp.arange(start, start + size, dtype=jnp.uint32)
-  keys = decode_state.image_keys(jax.random.key(settings.seed, impl="threefry2x32"), ids)
+  keys = decode_state.image_keys(decode_state.run_key(settings.seed), ids)
   inputs = Inputs(labels_of(start, size, model.config), keys)
   state = jax.block_until_ready(decoder.start(keys))
   clock = time.perf_counter()

@@ -109,6 +109,11 @@ class ModelConfig:
     return self.grid_size**2
 
   @property
+  def num_positions(self) -> int:
+    """Buffer tokens and image tokens: what the decoder sees."""
+    return self.buffer_size + self.seq_len
+
+  @property
   def token_dim(self) -> int:
     """C, the channels of a token."""
     return self.vae_embed_dim * self.patch_size**2
@@ -165,7 +170,7 @@ class SampleConfig:
   policy: str = "full"  # what accelerates decoding; names joined by +, see marche_jax.policies
   # The fields below are those of policies.
   active_size: int = 0  # marche: tokens that the decoder recomputes; 0: a fifth, or what is forced
-  encoder_active_size: int = 0  # marche: the encoder's; 0: half the decoder's, or what is forced
+  encoder_active_size: int = 0  # marche: the encoder's; 0: a tenth, or what is forced
   refresh_interval: int = 3  # marche: every n-th iteration recomputes everything
   refresh_iterations: tuple[int, ...] = ()  # marche: these do instead (`sample --calibrate`)
   select_layer: int = 2  # marche: layer, from 1, whose attention chooses the refresh tokens

@@ -1,19 +1,18 @@
 """Analytic cost of decoding: floating point operations, counted as two per multiply-add.
 
 Matrix products only, as is usual for model FLOPs; norms, activations and softmax are left out.
-Everything is of one image and of both guidance halves where there are two.
+Everything is of one image and of both guidance halves where there are two. Where the diffusion
+steps are row data (DiSA, GtR), the head takes modulations for up to `HeadShape.fewest` - 1 steps more
+than a row has: how many depends on the batch, and they are left out too.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from marche_jax.config import ModelConfig
 from marche_jax.head_schedule import CachedSteps
-
-if TYPE_CHECKING:
-  from marche_jax.plan import HeadShape, StackShape, StepShape
+from marche_jax.shapes import HeadShape, StackShape, StepShape
 
 
 @dataclasses.dataclass(frozen=True)

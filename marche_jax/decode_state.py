@@ -1,7 +1,8 @@
 """What decoding works on: the state that iterations hand on, a plan's rows, and a batch's inputs.
 
 Reference: `MAR.sample_tokens`. Shapes as in `models/mar.py`; X = guidance halves times images, the
-conditional half first; rank order as in `cache.py`.
+conditional half first; N positions in rank order as in `cache.py`; R rows of a plan, T diffusion
+steps of its longest table.
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ class Inputs:
   teacher: Any = None  # float32 [B, S, C]: these values replace what the head samples
 
 
+def run_key(seed: int) -> jax.Array:
+  """The key of a run: of one random number generator, whatever jax's default is."""
+  return jax.random.key(seed, impl="threefry2x32")
+
+
 def image_keys(key: jax.Array, image_ids: jax.Array) -> jax.Array:
   """Key of every image [B]: depends on the run's key and the image's number alone."""
   return jax.vmap(functools.partial(jax.random.fold_in, key))(image_ids)
@@ -125,7 +131,7 @@ def empty_state(plan: DecodePlan, tokens: Any, order: Any, dtype: Any) -> Decode
   state = DecodeState(tokens, order)
   if not halves:
     return state
-  batch, positions = tokens.shape[0], config.buffer_size + config.seq_len
+  batch, positions = tokens.shape[0], config.num_positions
   wide = config.decoder_embed_dim
   sequences = halves * batch
   score = lambda: jnp.zeros((sequences, positions))  # noqa: E731

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.diffusion import make_process
+from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig, SampleConfig
+from marche_jax.diffusion import log_snr_timesteps, make_process, respaced_timesteps
 from marche_jax.grouping import group_shapes
-from marche_jax.plan import DecodePlan, HeadShape, Row, StackShape, StepShape
+from marche_jax.plan import DecodePlan, Row
+from marche_jax.shapes import HeadShape, StackShape, StepShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,17 @@ class Draft:
   def guided(self) -> bool:
     return self.sample.cfg != 1.0
 
-  def positions(self) -> int:
-    """Tokens that the decoder sees."""
-    return self.config.buffer_size + self.config.seq_len
+  def timesteps(
+    self, num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS - 1
+  ) -> tuple[int, ...]:
+    """Timesteps of some diffusion steps, ascending, spaced as the solver wants them.
+
+    Args:
+      num_steps: how many, at most: clipped ones may coincide.
+      max_timestep: the noisiest, unless `sample.max_timestep` is lower.
+    """
+    spaced = log_snr_timesteps if self.solver == "dpm++" else respaced_timesteps
+    return tuple(spaced(num_steps, min(max_timestep, self.sample.max_timestep)).tolist())
 
 
 def mask_schedule(unknown: int, num_iter: int) -> tuple[np.ndarray, np.ndarray]:
@@ -167,7 +176,7 @@ def build(draft: Draft) -> DecodePlan:
       cfg=s.cfg,
       process=names.index(s.timesteps),
       encoder_active=exact[k].encoder.active or buffer + s.num_known,
-      decoder_active=exact[k].decoder.active or draft.positions(),
+      decoder_active=exact[k].decoder.active or draft.config.num_positions,
       num_detail=s.num_detail,
       detail_process=names.index(s.detail_timesteps) if s.num_detail else 0,
     )

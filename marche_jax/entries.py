@@ -12,12 +12,12 @@ from collections.abc import Sequence
 
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
+from marche_jax.policies import make_plan, unread_fields
 
 BASELINE = "full"
 
 ALL = ("full", "marche", "recap", "lazymar", "disa", "gtr", "turbo")
-"""What a comparison takes where nothing else is asked for."""
+"""The policies that a comparison takes where nothing else is asked for; see `all_entries`."""
 
 FIELDS = {
   name: kind for name, kind in typing.get_type_hints(SampleConfig).items() if name != "policy"
@@ -32,6 +32,11 @@ class Entry:
   name: str  # as it was given, and as reports show it
   sample: SampleConfig
   plan: DecodePlan
+
+
+def all_entries(sample: SampleConfig) -> list[str]:
+  """Every policy, and `full` in half the iterations: what an acceleration has to beat."""
+  return [ALL[0], f"{BASELINE}:num_iter={max(1, sample.num_iter // 2)}", *ALL[1:]]
 
 
 def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConfig) -> list[Entry]:
@@ -63,6 +68,8 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
         fields[field] = value
       changed = dataclasses.replace(sample, **fields)  # type: ignore[arg-type]
       plan = make_plan(config, changed)
+      for field, owner in unread_fields(policy, fields).items():
+        raise ValueError(f"{field} is a field of {owner}, which {policy} does not read")
     except ValueError as error:
       raise ValueError(f"--policies, {name!r}: {error}") from error
     entries.append(Entry(name, changed, plan))

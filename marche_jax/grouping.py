@@ -13,7 +13,7 @@ import numpy as np
 
 from marche_jax import cost
 from marche_jax.config import ModelConfig
-from marche_jax.plan import StackShape, StepShape
+from marche_jax.shapes import StackShape, StepShape
 
 MAX_PADDING = 1.2
 """Padded over exact work in encoder and head above which a plan gets another step shape."""

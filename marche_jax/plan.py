@@ -15,45 +15,7 @@ import numpy as np
 from marche_jax import cost
 from marche_jax.config import ModelConfig
 from marche_jax.diffusion import Process
-
-
-@dataclasses.dataclass(frozen=True)
-class StackShape:
-  """Which tokens of a stack a step recomputes; see `stack.py` for the words."""
-
-  slots: int  # places for image tokens that the stack sees, besides the buffer
-  active: int | None = None  # places for tokens that are recomputed; None: all
-  forced: int = 0  # places for image tokens that are always recomputed
-  buffer: bool = False  # the buffer tokens are always recomputed too
-  source: str = "none"  # of the scores of refresh tokens: none, scout, carried or lower
-  score: str = "attention"  # attention or value
-  layer: int = 0  # from 1; where the scores are taken
-  record: int = 0  # places for tokens whose attention is carried to the next iteration
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadShape:
-  """How a step samples tokens given z."""
-
-  slots: int  # places for the tokens predicted now
-  steps: int | None  # diffusion steps of every row of this shape; None: row data
-  fewest: int = 1  # of them, in any of its rows
-  solver: str = "ddpm"
-  detail: int = 0  # places for tokens that get diffusion steps of their own
-  detail_steps: int = 0
-  cached: bool = False  # most steps reuse what the head computed before (LazyMAR)
-
-
-@dataclasses.dataclass(frozen=True)
-class StepShape:
-  """The static part of a row: one compiled step."""
-
-  encoder: StackShape
-  decoder: StackShape
-  head: HeadShape
-  guided: bool  # z has an unconditional half
-  halves: int  # guidance halves that the transformer computes: 2, or 1 (conditional only)
-  difference: int = 0  # places for tokens whose unconditional minus conditional output is stored
+from marche_jax.shapes import StackShape, StepShape, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +71,7 @@ class DecodePlan:
     c = self.config
     if not self.cache_halves:
       return 0
-    positions = c.buffer_size + c.seq_len
+    positions = c.num_positions
     kv = 2 * (c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim)
     values = self.cache_halves * positions * (kv + c.decoder_embed_dim)
     values += self.stores_difference * c.seq_len * c.decoder_embed_dim
@@ -121,7 +83,10 @@ class DecodePlan:
     return len(self.processes[row.process].timesteps)
 
   def flops(self, padded: bool = True) -> cost.Flops:
-    """Of one image; `padded=False` counts only slots that hold a token."""
+    """Of one image; `padded=False` counts only slots that hold a token.
+
+    But for those of stored differences and recorded attention, which are small.
+    """
     total = cost.Flops(0.0, 0.0, 0.0)
     for row in self.rows:
       shape = self.shapes[row.shape]
@@ -193,28 +158,3 @@ class DecodePlan:
   def speedup(self, baseline: DecodePlan) -> float:
     """Predicted speed-up over another plan, by their floating point operations."""
     return baseline.flops().total / self.flops().total
-
-
-def describe(shape: StepShape) -> str:
-  """A step shape in a line."""
-
-  def stack(s: StackShape) -> str:
-    if s.active is None:
-      return f"all of {s.slots} image tokens and the buffer"
-    forced = f"{s.forced} forced" + (" and the buffer" if s.buffer else "")
-    if s.source == "none":
-      return f"{s.active} of {s.slots} image tokens and the buffer ({forced})"
-    where = {"scout": "a scout pass to", "carried": "the previous iteration at", "lower": "all in"}
-    return (
-      f"{s.active} of {s.slots} image tokens and the buffer ({forced}; the others by {s.score}, "
-      f"{where[s.source]} layer {s.layer})"
-    )
-
-  halves = "" if shape.halves == 2 or not shape.guided else "; conditional half only"
-  detail = (
-    f", {shape.head.detail} with {shape.head.detail_steps} steps" if shape.head.detail else ""
-  )
-  return (
-    f"encoder {stack(shape.encoder)}; decoder {stack(shape.decoder)}; head {shape.head.slots} "
-    f"tokens{detail}, {shape.head.solver}{', cached' if shape.head.cached else ''}{halves}"
-  )

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from marche_jax import decode_state, head_sampler, sampler, timing, transformer
 from marche_jax.decode_state import DecodeState, Inputs, Rows, Tables
 from marche_jax.models.mar import Params
-from marche_jax.plan import DecodePlan, StepShape
+from marche_jax.plan import DecodePlan
+from marche_jax.shapes import StepShape
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -105,11 +106,13 @@ def _pieces(
 
   # The caches are handed back in place, as the sampler's loop carries them.
   @functools.partial(jax.jit, donate_argnums=1)
-  def encode(p: Params, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+  def encode(p: Params, state: DecodeState, row: Rows) -> tuple[DecodeState, jax.Array]:
     return transformer.run_encoder(p, config, dtype, shape.encoder, row, state, embedding)[:2]
 
   @functools.partial(jax.jit, donate_argnums=1)
-  def decode(p: Params, state: DecodeState, x: jax.Array) -> tuple[DecodeState, jax.Array]:
+  def decode(
+    p: Params, state: DecodeState, row: Rows, x: jax.Array
+  ) -> tuple[DecodeState, jax.Array]:
     return transformer.run_decoder(p, config, dtype, shape.decoder, row, state, x, asked)[:2]
 
   @jax.jit
@@ -126,13 +129,13 @@ def _pieces(
   kept = [state]
 
   def run_encoder() -> jax.Array:
-    kept[0], x = encode(params, kept[0])
+    kept[0], x = encode(params, kept[0], row)
     return x
 
   x = run_encoder()
 
   def run_decoder() -> jax.Array:
-    kept[0], out = decode(params, kept[0], x)
+    kept[0], out = decode(params, kept[0], row, x)
     return out
 
   def run_head(row: Rows) -> jax.Array:

@@ -203,7 +203,7 @@ def _draw(
   real = labels[start : start + batch_size]
   batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
   ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
-  keys = decode_state.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
+  keys = decode_state.image_keys(decode_state.run_key(seed), ids)
   tokens = decoder(
     model.params,
     decoder.start(keys),
@@ -269,17 +269,33 @@ def load(checkpoint_dir: str | None, config_flag: Any) -> tuple[Model, SampleCon
   return model, dataclasses.replace(sample, **changes)
 
 
+def configs(checkpoint_dir: str | None, config_flag: Any) -> tuple[ModelConfig, SampleConfig]:
+  """As `load`, without the weights: those of `--config=FILE` need no checkpoint."""
+  if config_flag.present and checkpoint_dir is None:
+    config = flags_lib.parsed_config()
+    return config.model, config.sample
+  model, sample_config = load(checkpoint_dir, config_flag)
+  return model.config, sample_config
+
+
+def print_plan(config: ModelConfig, sample_config: SampleConfig) -> None:
+  """Prints the plan under `--policy`, compared with that of `full`."""
+  if flags.FLAGS.policy is not None:
+    sample_config = with_policy(flags.FLAGS.policy, config, sample_config)
+  baseline = make_plan(config, dataclasses.replace(sample_config, policy="full"))
+  print(make_plan(config, sample_config).table(baseline))
+
+
 def main() -> None:
   flags_lib.enable_compilation_cache()
+  if flags.FLAGS.print_plan:
+    print_plan(*configs(flags.FLAGS.checkpoint, flags.FLAGS["config"]))
+    return
   model, sample_config = load(flags.FLAGS.checkpoint, flags.FLAGS["config"])
   if flags.FLAGS.policy is not None:
     sample_config = with_policy(flags.FLAGS.policy, model.config, sample_config)
   if flags.FLAGS.calibrate is not None:
     write_calibrated(flags.FLAGS.calibrate, model, sample_config)
-    return
-  if flags.FLAGS.print_plan:
-    baseline = make_plan(model.config, dataclasses.replace(sample_config, policy="full"))
-    print(make_plan(model.config, sample_config).table(baseline))
     return
   given = None if flags.FLAGS.labels is None else parse_labels(flags.FLAGS.labels)
   num_images = flags.FLAGS.num_images
@@ -356,8 +372,9 @@ def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> No
   if sample_config.policy == "full":
     sample_config = dataclasses.replace(sample_config, policy="marche")
   labels = choose_labels(None, CALIBRATION_IMAGES, model.config.class_num)
-  key = jax.random.key(flags.FLAGS.seed, impl="threefry2x32")
-  chosen, drift = calibration.calibrate(model, sample_config, labels, key)
+  key = decode_state.run_key(flags.FLAGS.seed)
+  dtype = jnp.dtype(flags.FLAGS.dtype)
+  chosen, drift = calibration.calibrate(model, sample_config, labels, key, dtype)
   calibration.save_plan(pathlib.Path(path), model.config, chosen, drift)
   refreshes = ", ".join(map(str, chosen.refresh_iterations))
   print(f"full refreshes at iterations {refreshes}: {path}")

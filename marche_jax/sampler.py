@@ -40,7 +40,8 @@ from marche_jax.decode_state import (
   state_specs,
 )
 from marche_jax.models.mar import MAR, Params
-from marche_jax.plan import DecodePlan, HeadShape, StepShape
+from marche_jax.plan import DecodePlan
+from marche_jax.shapes import HeadShape, StepShape
 from marche_jax.stack import take
 from marche_jax.transformer import Recomputed, apply_difference, run_decoder, run_encoder
 
@@ -68,7 +69,20 @@ def sample_tokens(
   predict: jax.Array,
   z: jax.Array,
 ) -> jax.Array:
-  """Step 3: z float32 [H, B, P, Dd] at image positions int [B, P] -> tokens float32 [B, P, C]."""
+  """Step 3: the diffusion head samples tokens given z.
+
+  Args:
+    weights: of `head_sampler.prepare`.
+    shape: of the head.
+    row: of the iteration.
+    tables, inputs: of the run.
+    noise: recorded for this iteration (without its leading [R]); None: drawn.
+    predict: positions in the image, int [B, P].
+    z: output of the decoder there, float32 [H, B, P, Dd].
+
+  Returns:
+    float32 [B, P, C].
+  """
   halves, batch = z.shape[:2]
 
   def run(
@@ -183,7 +197,7 @@ def _activity(
   config: ModelConfig, row: Rows, batch: int, which: Recomputed, seen: Any
 ) -> jax.Array:
   """What every token was to a stack, int32 [B, N] by rank."""
-  positions = config.buffer_size + config.seq_len
+  positions = config.num_positions
   rank = jnp.arange(positions)
   shape = (batch, positions)
   index, active, _ = which
@@ -203,7 +217,7 @@ def _activity(
 
 def _scores(config: ModelConfig, batch: int, recomputed: Recomputed, seen: Any) -> jax.Array:
   """What chose the refresh in a stack, float32 [B, N] by rank; zero where nothing did."""
-  positions = config.buffer_size + config.seq_len
+  positions = config.num_positions
   if recomputed.scores is None:
     return jnp.zeros((batch, positions))
   found = recomputed.scores[:batch]
@@ -216,8 +230,8 @@ def _empty_trace(config: ModelConfig, shapes: tuple[StepShape, ...], batch: int)
   return Trace(
     z=jnp.zeros((halves, batch, config.seq_len, config.decoder_embed_dim)),
     sampled=jnp.zeros((batch, config.seq_len, config.token_dim)),
-    activity=jnp.zeros((2, batch, config.buffer_size + config.seq_len), jnp.int32),
-    scores=jnp.zeros((2, batch, config.buffer_size + config.seq_len)),
+    activity=jnp.zeros((2, batch, config.num_positions), jnp.int32),
+    scores=jnp.zeros((2, batch, config.num_positions)),
   )
 
 
@@ -241,7 +255,7 @@ def decode(
     state: before the first of the rows.
     rows: all of a plan's, or some consecutive ones.
     tables: of the plan.
-    inputs: of the batch; recorded noise has one entry per row.
+    inputs: of the batch; recorded noise has one entry per row (on one device only).
     config, shapes: static: sizes, and the plan's step shapes.
     dtype: of the transformer's activations.
     head_dtype: of the head's matrix operands, but for its last layer's.

@@ -1,7 +1,8 @@
 """How long decoding takes under several policies, measured side by side on one device.
 
 All programs are compiled first. Then the policies take turns, A B C A B C, so that noise of the
-machine hits all alike. Weights are shared; a policy's caches exist only while it runs.
+machine hits all alike; only the split into parts is measured afterwards, policy by policy. Weights
+are shared; a policy's caches exist only while it runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from marche_jax import profiling
 from marche_jax.config import ModelConfig
 from marche_jax.entries import Entry, baseline
 from marche_jax.models.mar import Params, inference_params
-from marche_jax.plan import DecodePlan, describe
+from marche_jax.plan import DecodePlan
+from marche_jax.shapes import describe
 from marche_jax.timing import Options, Program, estimate_seconds, interleave, rows_to_time
 
 
@@ -41,10 +43,11 @@ def compare(
     The report as plain JSON values; `tables.speed_table` shows what it holds. Seconds and FLOPs are
     per image, memory is of the batch. `typical` seconds are the median of whole runs, which follow
     one that warms up; of an estimate, the sum of the least timing of every row, with the sum of the
-    largest as `max`.
+    largest as `max`. Of an estimate, memory and compilation are those of the program for one row,
+    which differs from the sampler's in the number of its trips.
 
   Raises:
-    ValueError: where decoding gives NaN or infinity.
+    ValueError: where a whole run gives NaN or infinity (single rows are not looked at).
   """
   if jnp.dtype(options.dtype) == jnp.dtype(options.head_dtype):
     params = inference_params(params, options.dtype)
@@ -185,6 +188,7 @@ def _describe(
   return {
     "sample": dataclasses.asdict(entry.sample),
     "iterations": len(plan.rows),
+    "diffusion_steps": [pick(plan.steps(row) for row in plan.rows) for pick in (min, max)],
     "step_shapes": len(plan.shapes),
     "shapes": [describe(shape) for shape in plan.shapes],
     "lower_seconds": program.lower_seconds,

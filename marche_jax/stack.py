@@ -10,7 +10,8 @@ Where the scores come from (`StackShape.source`):
   'none'     nowhere: there are forced tokens only.
   'scout'    a scout pass: the forced tokens alone run up to layer `layer`; the score of a token is
              the attention that they pay to it there (mean over heads, sum over queries).
-  'carried'  the same attention, paid in the previous iteration by the tokens generated then.
+  'carried'  the same attention, paid in the previous iteration: in the decoder by the tokens
+             generated then, in the encoder by its forced ones.
   'lower'    all tokens run through the layers below `layer` and its attention (their keys and
              values are all rewritten); then, before its feed-forward, the active ones go on.
 With 'lower' the score may also be 'value': how much a token's values changed against the cache,
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 
 from marche_jax.cache import KVCache, merged_attention
 from marche_jax.models.mar import Block, Params, attention_output, attention_weights
-from marche_jax.plan import StackShape
+from marche_jax.shapes import StackShape
 
 
 @flax.struct.dataclass
@@ -211,8 +212,6 @@ def run_stack(
     elif shape.source == "carried":
       assert scores is not None
       found = scores[:sequences, :seen]
-    else:
-      found = None
     priority = jnp.zeros((sequences, seen)) if found is None else found
     index, active = choose(shape, span, priority, buffer)
     x = take(x, index)

@@ -136,12 +136,13 @@ def single_table(report: dict[str, Any]) -> str:
   temporary, peak = (report["memory_bytes"][k] / 2**30 for k in ("temporary", "peak"))
   weights = report["weight_bytes"] / 2**30
   cached = ", from the compilation cache" if report["compiled_from_cache"] else ""
+  steps = " to ".join(dict.fromkeys(map(str, report["diffusion_steps"])))
   lines = [
     f"device            {_machine(report)}",
     f"model             {report['name']}, batch {report['batch_size']}, {report['dtype']}, head "
     f"{report['head_dtype']}",
-    f"decoding          policy {report['policy']}, {sample['num_iter']} iterations, "
-    f"{sample['num_sampling_steps']} diffusion steps, guidance {sample['cfg']}",
+    f"decoding          policy {report['policy']}, {report['iterations']} iterations, "
+    f"{steps} diffusion steps, guidance {sample['cfg']}",
     f"compile           {report['compile_seconds']:.1f} s{cached}, tracing "
     f"{report['lower_seconds']:.1f} s; {report['step_shapes']} step shapes",
     f"memory            {temporary:.3f} GiB temporary, {weights:.3f} GiB of weights "

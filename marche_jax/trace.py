@@ -28,9 +28,10 @@ from marche_jax.config import SampleConfig
 from marche_jax.decode_state import Inputs
 from marche_jax.images import atomic_write
 from marche_jax.models.mar import Params, inference_params, unpatchify
-from marche_jax.plan import DecodePlan, StackShape
+from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
 from marche_jax.sampler import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.shapes import StackShape
 
 PICTURES = 12
 """PNG files per image, at most, unless `--trace_every` asks for others."""
@@ -123,7 +124,7 @@ def record(
     NonFiniteLatentsError: names the iteration.
   """
   ids = jnp.asarray(image_ids, jnp.uint32)
-  keys = decode_state.image_keys(jax.random.key(seed, impl="threefry2x32"), ids)
+  keys = decode_state.image_keys(decode_state.run_key(seed), ids)
   state = generation.Decoder(plan, dtype=dtype).start(keys)
   place = np.asarray(state.order)[:, ::-1]
   rows, tables = decode_state.plan_rows(plan)

@@ -1,6 +1,7 @@
 """The encoder and the decoder of one iteration, over a state and its caches.
 
-Steps 1 and 2 of `sampler.py`, which says what they are for. Shapes as in `decode_state.py`.
+Steps 1 and 2 of `sampler.py`, which says what they are for. Shapes as in `decode_state.py`, and
+A tokens recomputed, H guidance halves of z, P tokens predicted.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from marche_jax.config import ModelConfig
 from marche_jax.decode_state import DecodeState, Rows
 from marche_jax.models.mar import MAR, Params, make_block
-from marche_jax.plan import StackShape, StepShape
+from marche_jax.shapes import StackShape, StepShape
 from marche_jax.stack import Span, run_stack, take
 
 
@@ -39,7 +40,7 @@ def run_encoder(
   """Steps 1 and 2a: known tokens through the encoder to the decoder's input.
 
   Args:
-    params, config, dtype: as in `decode`.
+    params, config, dtype: as in `sampler.decode`.
     shape: of the encoder.
     row: of the iteration.
     state: before it.

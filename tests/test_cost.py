@@ -20,8 +20,9 @@ from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.decode_state import Inputs, Rows, Tables
 from marche_jax.diffusion import make_process
 from marche_jax.models.mar import abstract_params
-from marche_jax.plan import DecodePlan, HeadShape, StackShape, StepShape
+from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
+from marche_jax.shapes import HeadShape, StackShape, StepShape
 
 # Every width, depth and count differs, so that no two terms can be mistaken for each other.
 CONFIG = ModelConfig(
@@ -41,7 +42,7 @@ CONFIG = ModelConfig(
   diffloss_d=4,
   diffloss_w=40,
 )
-POSITIONS = CONFIG.buffer_size + CONFIG.seq_len
+POSITIONS = CONFIG.num_positions
 PARAMS = abstract_params(CONFIG)
 KEYS = jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype)  # of one image
 
@@ -392,7 +393,7 @@ def test_mar_base() -> None:
   config = ModelConfig()
   plan = make_plan(config, SampleConfig(num_iter=64, cfg=3.0, num_sampling_steps=100))
   exact = plan.flops(padded=False)
-  positions = config.buffer_size + config.seq_len
+  positions = config.num_positions
   everywhere = cost.decoder_flops(config, StackShape(config.seq_len), 2, positions)
   decoder = len(plan.rows) * everywhere
   assert exact.decoder < decoder

@@ -20,7 +20,7 @@ from marche_jax.config import ModelConfig
 from marche_jax.decode_state import Inputs, Rows, Tables
 from marche_jax.diffusion import make_process
 from marche_jax.head_schedule import INTERVAL, RECOMPUTE_ABOVE, CachedSteps
-from marche_jax.plan import HeadShape
+from marche_jax.shapes import HeadShape
 
 STEPS = 27  # some cached steps recompute, others do not
 MODEL = ModelConfig(

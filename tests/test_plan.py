@@ -19,8 +19,9 @@ from marche_jax import cost, decode_state
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.draft import Draft, Refresh, build, full_steps, mask_schedule
 from marche_jax.grouping import MAX_PADDING, MAX_STEP_SHAPES, _widest, group_shapes
-from marche_jax.plan import DecodePlan, HeadShape, StackShape, StepShape
+from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
+from marche_jax.shapes import HeadShape, StackShape, StepShape
 
 MAR_B = ModelConfig()
 

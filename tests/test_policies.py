@@ -18,7 +18,7 @@ from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.diffusion import respaced_timesteps
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import POLICIES, make_plan, parse_policy
-from marche_jax.policies.disa import disa_timesteps
+from marche_jax.policies.disa import disa_steps
 from marche_jax.policies.gtr import checkerboard_stages, stage_iterations
 from marche_jax.policies.lazymar import kept_share
 
@@ -102,10 +102,10 @@ def test_combinations_build(policy, num_iter, cfg):
   assert (found.stages is not None) == ("gtr" in names)
   iterations = len(found.rows)
   if "disa" in names:
-    steps = [list(disa_timesteps(k, iterations, 999)) for k in range(iterations)]
+    steps = [respaced_timesteps(disa_steps(k, iterations), 950).tolist() for k in range(iterations)]
     if "recap" in names:  # whose local iterations take 40% of them
       for k in range(iterations // 2 + 1, iterations, 2):
-        steps[k] = respaced_timesteps(max(1, round(0.4 * len(steps[k])))).tolist()
+        steps[k] = respaced_timesteps(max(1, round(0.4 * len(steps[k]))), 950).tolist()
     assert timesteps(found) == steps
   else:
     assert timesteps(found) == timesteps(counts)
@@ -122,7 +122,7 @@ def test_disa_equals_the_released_timesteps():
   steps = [len(t) for t in timesteps(plan("disa", num_iter=64))]
   assert (steps[-1], round(np.mean(steps))) == (5, 26)
   assert plan("disa", num_iter=1).rows[0].num_predict == 256
-  assert len(disa_timesteps(0, 1, 999)) == len(respaced_timesteps(50, 950))
+  assert disa_steps(0, 1) == 50
 
 
 def test_disa_respects_a_lower_max_timestep():

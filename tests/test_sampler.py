@@ -297,7 +297,8 @@ import dataclasses, sys
 import jax, numpy as np
 sys.path.insert(0, sys.argv[1])
 import golden, test_sampler as t
-from marche_jax import sampler
+from marche_jax import decode_state, sampler
+from marche_jax.decode_state import Inputs
 from marche_jax.generation import Decoder
 assert len(jax.devices()) == 2
 params, ids, labels = golden.random_params(t.SMALL), np.arange(4), np.asarray([3, 3, 5, 6])

@@ -13,7 +13,7 @@ import pytest
 from golden import error, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
-from marche_jax import decode_state, generation, plan, sampler
+from marche_jax import decode_state, generation, grouping, sampler
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.decode_state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
@@ -37,7 +37,7 @@ decode = quick_jit(sampler.decode, static_argnames=sampler.STATIC)
 def small_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
   """A plan with one step shape of each kind, however padded: fewer to compile."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(plan, "MAX_PADDING", np.inf)
+    patch.setattr(grouping, "MAX_PADDING", np.inf)
     return make_plan.__wrapped__(config, sample, num_known)
 
 
@@ -51,7 +51,7 @@ class Recorded:
     self.config, self.params = golden.model(name.split("/")[0])
     sample, self.golden = golden.sampling_run(name)
     found = small_plan(self.config, dataclasses.replace(sample, policy="marche", **fields))
-    buffer, positions = self.config.buffer_size, self.config.buffer_size + self.config.seq_len
+    buffer, positions = self.config.buffer_size, self.config.num_positions
 
     def widen(shape):
       if shape.encoder.active is None:
@@ -254,7 +254,7 @@ def test_every_position_is_generated_once_and_forced_tokens_are_active(policy):
   by_rank = np.take_along_axis(generated, order[None, :, ::-1], axis=2)
   rank = np.arange(SMALL.seq_len)
   np.testing.assert_array_equal(by_rank.sum(axis=0), np.tile(rank >= run.num_known, (4, 1)))
-  activity, position = np.asarray(trace.activity), np.arange(SMALL.buffer_size + SMALL.seq_len)
+  activity, position = np.asarray(trace.activity), np.arange(SMALL.num_positions)
   selected = 0
   for k, row in enumerate(run.plan.rows):
     new = (rank >= row.num_known) & (rank < row.num_known + row.num_predict)

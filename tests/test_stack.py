@@ -19,7 +19,7 @@ from marche_jax import stack
 from marche_jax.cache import KVCache
 from marche_jax.config import ModelConfig
 from marche_jax.models.mar import attention_weights, make_block
-from marche_jax.plan import StackShape
+from marche_jax.shapes import StackShape
 from marche_jax.stack import Span
 
 CONFIG = ModelConfig(

@@ -19,10 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tpu_compile
 from golden import random_params
 
 from marche_jax import head_sampler
+from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.models.mar import MAR, inference_params
+from marche_jax.policies import make_plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 CHIP_BYTES = 16 * 2**30  # memory of a v5e chip
@@ -96,16 +99,35 @@ def test_decoding_compiles_for_v5e(compiled: dict, config: str, policy: str) -> 
     temporary = plain["temp_bytes"] * report["batch_per_chip"] / plain["batch_per_chip"]
     assert report["temp_bytes"] < temporary + report["cache_bytes"]
   assert report["copies_of_caches"] == 0
+  assert 0.85 <= report["flops"] / report["predicted_flops"] <= 1.15  # loops' bodies once
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config, policy", SHAPES)
 def test_compiled_flops_of_every_step_shape(compiled: dict, config: str, policy: str) -> None:
-  """The plan's prediction against the compiler's count, each loop's body counted once."""
+  """The plan's prediction against the compiler's count, each loop's body counted once.
+
+  How often bodies run is counted on the jaxpr, in `test_cost.py`.
+  """
   report = compiled[config, f"shapes of {policy}"].result()
   print(json.dumps(report))
   for shape in report["shapes"]:
     assert 0.85 <= shape["compiled"] / shape["predicted"] <= 1.15
+    assert shape["copies_of_caches"] == 0
+
+
+def test_copies_of_caches_are_found() -> None:
+  """By the search that the tests above rely on."""
+  plan = make_plan(ModelConfig(), SampleConfig(policy="marche"))
+  lines = [
+    "  %copy.1 = bf16[12,128,320,768]{1,3,2,0:T(8,128)(2,1)} copy(%x), metadata={}",
+    "  %copy-start.1 = (bf16[12,128,320,768]{3,2,1,0}, bf16[], u32[]) copy-start(%x)",
+    "  %copy-done.1 = bf16[12,128,320,768]{3,2,1,0:T(8,128)(2,1)} copy-done(%copy-start.1)",
+    "  %copy.2 = bf16[1,128,320,768]{3,2,1,0} copy(%y)",  # a layer's
+    "  %copy.3 = f32[12,128,320,768]{3,2,1,0} copy(%z)",  # no cache
+  ]
+  assert tpu_compile.copies_of_caches("\n".join(lines), plan, 64) == 2
+  assert tpu_compile.copies_of_caches("\n".join(lines), plan, 32) == 0
 
 
 def test_inference_params_change_nothing_of_a_bfloat16_decode() -> None:

@@ -18,9 +18,10 @@ from PIL import Image
 
 from marche_jax import checkpoint, frames, sample, trace
 from marche_jax.checkpoint import Model
-from marche_jax.plan import DecodePlan, StackShape
+from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
 from marche_jax.sampler import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.shapes import StackShape
 
 PAPER = (255, 255, 255)
 MARCHE = dataclasses.replace(

@@ -27,8 +27,9 @@ from marche_jax import cost, decode_state, head_sampler, sampler
 from marche_jax.config import SampleConfig, freeze
 from marche_jax.decode_state import Inputs
 from marche_jax.models.mar import abstract_params, inference_params
-from marche_jax.plan import DecodePlan, StepShape
+from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
+from marche_jax.shapes import StepShape
 
 TOPOLOGY = "v5e:2x4"
 COLLECTIVES = (
@@ -107,20 +108,20 @@ class Request:
     c = self.plan.config
     width = c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim
     sequences = self.plan.cache_halves * self.batch_per_chip
-    return 2 * 2 * sequences * (c.buffer_size + c.seq_len) * width
+    return 2 * 2 * sequences * c.num_positions * width
 
 
 def copies_of_caches(hlo: str, plan: DecodePlan, batch: int) -> int:
   """Instructions in the text of a compiled program that copy a whole stack's keys or values."""
   c, sequences = plan.config, plan.cache_halves * batch
-  positions = c.buffer_size + c.seq_len
+  positions = c.num_positions
   shapes = {
     f"{depth},{sequences},{positions},{width}"
     for depth, width in (
       (c.encoder_depth, c.encoder_embed_dim), (c.decoder_depth, c.decoder_embed_dim)
     )
   }  # fmt: skip
-  return len(re.findall(rf"= bf16\[(?:{'|'.join(shapes)})\]\S* copy(?:-start)?\(", hlo))
+  return len(re.findall(rf"= bf16\[(?:{'|'.join(shapes)})\]\S* copy(?:-done)?\(", hlo))
 
 
 def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
@@ -199,6 +200,9 @@ def main() -> None:
         "collectives": collectives(hlo),
         "collectives_of_psum": collectives(psum.as_text()),
         "flops": compiled.cost_analysis()["flops"],  # a loop's body counts once
+        "predicted_flops": sum(
+          bodies_once(request.plan, shape, args.batch_per_chip) for shape in request.plan.shapes
+        ),
       }
     )
   )

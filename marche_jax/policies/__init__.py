@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.diffusion import log_snr_timesteps, respaced_timesteps
 from marche_jax.draft import Draft, build, full_steps
 from marche_jax.plan import DecodePlan
 from marche_jax.policies.disa import disa
@@ -26,10 +25,11 @@ from marche_jax.policies.turbo import turbo
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A function that edits a draft, and the aspects that it decides on."""
+  """A function that edits a draft, the aspects that it decides on, the fields it alone reads."""
 
   apply: Callable[[Draft], None]
   aspects: frozenset[str]
+  fields: frozenset[str] = frozenset()
 
 
 def full(draft: Draft) -> None:
@@ -39,13 +39,29 @@ def full(draft: Draft) -> None:
 # In the order in which they are applied: first what changes the iterations themselves.
 POLICIES: dict[str, Policy] = {
   "full": Policy(full, frozenset()),
-  "gtr": Policy(gtr, frozenset({"order"})),
+  "gtr": Policy(gtr, frozenset({"order"}), frozenset({"detail_tokens"})),
   "turbo": Policy(turbo, frozenset({"order", "steps"})),
   "disa": Policy(disa, frozenset({"steps"})),
-  "recap": Policy(recap, frozenset({"cache"})),
-  "lazymar": Policy(lazymar, frozenset({"cache"})),
-  "marche": Policy(marche, frozenset({"cache"})),
-}
+  "recap": Policy(recap, frozenset({"cache"}), frozenset({"recap_raster"})),
+  "lazymar": Policy(lazymar, frozenset({"cache"}), frozenset({"head_cache"})),
+  "marche": Policy(
+    marche,
+    frozenset({"cache"}),
+    frozenset(
+      {
+        "active_size", "encoder_active_size", "refresh_interval", "refresh_iterations",
+        "select_layer", "selection", "condition_cache",
+      }
+    ),
+  ),
+}  # fmt: skip
+
+
+def unread_fields(policy: str, fields: Iterable[str]) -> dict[str, str]:
+  """Owners of those fields of `SampleConfig` that only policies which are not in `policy` read."""
+  names = policy.split("+")
+  owners = {field: name for name, p in POLICIES.items() for field in p.fields}
+  return {f: owners[f] for f in fields if f in owners and owners[f] not in names}
 
 
 def parse_policy(policy: str) -> list[str]:
@@ -91,12 +107,9 @@ def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> 
       predict, or a field of a policy out of range; names the field.
   """
   names = parse_policy(sample.policy)
-  spaced = log_snr_timesteps if sample.solver == "dpm++" else respaced_timesteps
-  timesteps = spaced(sample.num_sampling_steps, sample.max_timestep)
-  draft = Draft(
-    config, sample, num_known, full_steps(config, sample, num_known, timesteps.tolist()),
-    solver=sample.solver,
-  )  # fmt: skip
+  draft = Draft(config, sample, num_known, [], solver=sample.solver)
+  timesteps = draft.timesteps(sample.num_sampling_steps)
+  draft.steps = full_steps(config, sample, num_known, timesteps)
   for name in names:
     POLICIES[name].apply(draft)
   return build(draft)

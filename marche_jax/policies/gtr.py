@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from marche_jax.config import ModelConfig
-from marche_jax.diffusion import respaced_timesteps
 from marche_jax.draft import Draft, make_steps
 
 STAGES = ((0.25, 24), (0.25, 6), (0.5, 2))
@@ -76,5 +75,5 @@ def gtr(draft: Draft) -> None:
       count = LAST
       if sample.detail_tokens:
         step.num_detail = max(1, round(DETAIL_SHARE * step.num_predict))
-        step.detail_timesteps = tuple(respaced_timesteps(DETAIL, sample.max_timestep).tolist())
-    step.timesteps = tuple(respaced_timesteps(count, sample.max_timestep).tolist())
+        step.detail_timesteps = draft.timesteps(DETAIL)
+    step.timesteps = draft.timesteps(count)

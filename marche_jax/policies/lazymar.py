@@ -48,7 +48,7 @@ def lazymar(draft: Draft) -> None:
     if since <= 0 or since % INTERVAL == 0:
       continue
     forced = step.num_previous + step.num_predict
-    kept = int(kept_share(k, len(steps)) * draft.positions())
+    kept = int(kept_share(k, len(steps)) * draft.config.num_positions)
     step.halves = 1
     step.encoder = Refresh(config.buffer_size + step.num_previous, buffer=True)
     step.decoder = Refresh(max(kept, forced + MARGIN), "lower", "value", layer)

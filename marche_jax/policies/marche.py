@@ -9,9 +9,11 @@ cache and an active set of its own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from absl import logging
 
-from marche_jax.draft import Draft, Refresh
+from marche_jax.draft import Draft, Refresh, Step
 
 ACTIVE_SHARE = 0.2
 """Of all positions: 64 of 256 tokens and 64 buffer tokens."""
@@ -30,14 +32,14 @@ def marche(draft: Draft) -> None:
     full = set(range(0, len(steps), sample.refresh_interval))
   selective = [k for k in range(len(steps)) if k not in full]
   _check_layer(draft)
-  decoder = _sizes(
-    draft, "active_size", draft.positions(), selective, lambda s: s.num_previous + s.num_predict
-  )
-  encoder = _sizes(
-    draft, "encoder_active_size", draft.positions(), selective, lambda s: s.num_previous
-  )
+  decoder = _sizes(draft, "active_size", selective, lambda s: s.num_previous + s.num_predict)
+  encoder = _sizes(draft, "encoder_active_size", selective, lambda s: s.num_previous)
+  config = draft.config
   for k in selective:
     step = steps[k]
+    everything = encoder[k] >= config.buffer_size + step.num_known
+    if everything and decoder[k] >= config.num_positions and sample.selection != "lower":
+      continue  # nothing is left to be cached
     step.decoder = Refresh(decoder[k], sample.selection, layer=sample.select_layer)
     step.encoder = Refresh(encoder[k], sample.selection, layer=sample.select_layer)
     if sample.condition_cache and draft.guided:
@@ -59,13 +61,13 @@ def _check_layer(draft: Draft) -> None:
 
 
 def _sizes(
-  draft: Draft, field: str, positions: int, selective: list[int], forced
+  draft: Draft, field: str, selective: list[int], forced: Callable[[Step], int]
 ) -> dict[int, int]:
   """The active size of every selective iteration.
 
   A size that was given must hold the forced tokens of every iteration; the default is raised.
   """
-  given = getattr(draft.sample, field)
+  given, positions = getattr(draft.sample, field), draft.config.num_positions
   if given > positions:
     logging.warning("sample.%s=%d: clipped to all %d positions", field, given, positions)
   share = ACTIVE_SHARE if field == "active_size" else ACTIVE_SHARE / 2

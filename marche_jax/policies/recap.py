@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from marche_jax.diffusion import respaced_timesteps
 from marche_jax.draft import Draft, Refresh, guidance_schedule
 
 LOCAL_STEPS = 0.4
@@ -25,14 +24,10 @@ def recap(draft: Draft) -> None:
     forced = buffer + step.num_previous
     step.encoder = Refresh(forced, buffer=True)
     step.decoder = Refresh(forced + step.num_predict, buffer=True)
-    step.timesteps = _fewer(step.timesteps, draft.sample.max_timestep)
+    count = max(1, round(LOCAL_STEPS * len(step.timesteps)))
+    step.timesteps = draft.timesteps(count, max_timestep=step.timesteps[-1])
     if draft.sample.recap_raster:
       draft.raster_groups.append((draft.steps[k - 1].num_known, step.num_known + step.num_predict))
     if k == len(draft.steps) - 1:  # its guidance counts no token as still masked
       step.mask_len = 0
       step.cfg = float(guidance_schedule(draft.sample, draft.config.seq_len, np.zeros(1))[0])
-
-
-def _fewer(timesteps: tuple[int, ...], max_timestep: int) -> tuple[int, ...]:
-  steps = max(1, round(LOCAL_STEPS * len(timesteps)))
-  return tuple(respaced_timesteps(steps, max_timestep).tolist())

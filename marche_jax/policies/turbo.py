@@ -7,7 +7,6 @@ it as `turbo+marche`, cost more quality there than it gained speed.
 
 from __future__ import annotations
 
-from marche_jax.diffusion import log_snr_timesteps
 from marche_jax.draft import Draft
 from marche_jax.policies.gtr import checkerboard
 
@@ -20,9 +19,7 @@ STEPS, MAX_TIMESTEP = 9, 950
 
 def turbo(draft: Draft) -> None:
   """A checkerboard in few iterations, sampled by SDE-DPM-Solver++ in few steps."""
-  sample = draft.sample
-  checkerboard(draft, SHARE * sample.num_iter)
-  timesteps = log_snr_timesteps(STEPS, min(sample.max_timestep, MAX_TIMESTEP))
-  for step in draft.steps:
-    step.timesteps = tuple(timesteps.tolist())
+  checkerboard(draft, SHARE * draft.sample.num_iter)
   draft.solver = "dpm++"
+  for step in draft.steps:
+    step.timesteps = draft.timesteps(STEPS, MAX_TIMESTEP)
