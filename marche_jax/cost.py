@@ -2,8 +2,8 @@
 
 Matrix products only, as is usual for model FLOPs; norms, activations and softmax are left out.
 Everything is of one image and of both guidance halves where there are two. Where the diffusion
-steps are row data (DiSA, GtR), the head takes modulations for up to `HeadShape.fewest` - 1 steps more
-than a row has: how many depends on the batch, and they are left out too.
+steps are row data (DiSA, GtR), the head takes modulations for up to `HeadShape.fewest` - 1 steps
+more than a row has: how many depends on the batch, and they are left out too.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_scattering_the_active_part_and_attending_once_is_the_same(seed, filled)
   """The two ways to attend: active and cached parts merged, or one buffer that is updated."""
   rng = np.random.default_rng(seed)
   normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-  cache = KVCache(normal(2, 2, 9, 6), normal(2, 2, 9, 6))
+  cache = KVCache(*(jnp.asarray(normal(2, 2, 9, 6)) for _ in range(2)))
   index = np.stack([rng.permutation(9)[:4] for _ in range(2)])
   active = np.arange(4) < filled
   q, k, v = normal(2, 3, 6), normal(2, 4, 6), normal(2, 4, 6)

@@ -144,6 +144,13 @@ def test_a_policy_without_marche(model: Model) -> None:
       calibration.calibrate(model, without, [0], jax.random.key(0))
 
 
+@pytest.mark.parametrize("fields", [{"refresh_interval": 1}, {"num_iter": 1}])
+def test_a_plan_without_caches(model: Model, fields: dict[str, int]) -> None:
+  given = dataclasses.replace(MARCHE, **fields)
+  with pytest.raises(ValueError, match=r"nothing to calibrate: .*no iteration reads a cache"):
+    calibration.calibrate(model, given, [0], jax.random.key(0))
+
+
 # --- the file
 
 

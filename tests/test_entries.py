@@ -8,8 +8,8 @@ import pytest
 import tiny
 
 from marche_jax.config import SampleConfig
-from marche_jax.entries import ALL, FIELDS, baseline, parse_entries, parse_value
-from marche_jax.policies import POLICIES, make_plan
+from marche_jax.entries import ALL, FIELDS, all_entries, baseline, parse_entries, parse_value
+from marche_jax.policies import POLICIES, make_plan, unread_fields
 
 
 def test_an_entry_changes_what_it_names_and_nothing_else() -> None:
@@ -60,6 +60,8 @@ def test_values_are_of_the_fields_types() -> None:
     (["marche:condition_cache=1"], "condition_cache='1': expected true or false"),
     (["marche:refresh_iterations=0,2"], "refresh_iterations='0,2': expected integers joined by +"),
     (["marche:selection=best"], "sample.selection='best': expected one of"),
+    (["lazymar+disa:active_size=9"], "active_size is a field of marche, which lazymar+disa does"),
+    (["marche:head_cache=true"], "head_cache is a field of lazymar, which marche does not read"),
     (["full:num_iter=17"], "--policies, 'full:num_iter=17': sample.num_iter=17: expected 1 to 16"),
   ],
 )
@@ -75,5 +77,17 @@ def test_the_baseline_is_full_wherever_it_stands() -> None:
   assert baseline(entries[:2]).name == "full:num_iter=2"
 
 
-def test_all_names_every_policy() -> None:
+def test_all_names_every_policy_and_fewer_iterations() -> None:
   assert set(ALL) == POLICIES.keys()
+  sample = dataclasses.replace(tiny.SAMPLE, num_iter=7)
+  assert all_entries(sample) == ["full", "full:num_iter=3", *ALL[1:]]
+  assert all_entries(dataclasses.replace(sample, num_iter=1))[1] == "full:num_iter=1"
+
+
+def test_every_field_of_a_policy_can_be_changed_with_it() -> None:
+  owned = {field: name for name, policy in POLICIES.items() for field in policy.fields}
+  assert owned.keys() <= FIELDS.keys()
+  for field, owner in owned.items():
+    assert unread_fields(owner, [field, "cfg"]) == {}
+    assert unread_fields(f"disa+{owner}", [field]) == {}
+    assert unread_fields("full", [field, "cfg"]) == {field: owner}

@@ -64,6 +64,8 @@ def runs(draw):
     refresh_interval=draw(st.integers(1, 9)),
     selection=draw(st.sampled_from(["scout", "carried", "lower"])),
     condition_cache=draw(st.booleans()),
+    active_size=draw(st.sampled_from([0, 10**3])),  # as is, or all
+    encoder_active_size=draw(st.sampled_from([0, 10**3])),
     detail_tokens=draw(st.booleans()),
     recap_raster=policy in ("recap", "recap+disa") and draw(st.booleans()),
   )
@@ -97,6 +99,7 @@ def test_every_plan(run):
       assert shape.head.detail_steps == len(plan.processes[row.detail_process].timesteps)
   assert (predicted == 1).all()  # every position exactly once
   check_refresh(plan)
+  check_state(plan)
 
   assert len(plan.rows) == sample.num_iter or {"gtr", "turbo"} & set(sample.policy.split("+"))
   assert len(set(plan.shapes)) == len(plan.shapes) <= MAX_STEP_SHAPES
@@ -107,6 +110,22 @@ def test_every_plan(run):
   assert 0 < exact.decoder <= padded.decoder
   # A heading and the rows; the shapes, totals and the cache below.
   assert len(plan.table().splitlines()) == 1 + len(plan.rows) + 1 + len(plan.shapes) + 2
+
+
+def check_state(plan: DecodePlan):
+  """What a step shape reads or writes is there, and nothing else."""
+  c = plan.config
+  state = jax.eval_shape(
+    lambda: decode_state.empty_state(
+      plan, jnp.zeros((1, c.seq_len, c.token_dim)), jnp.zeros((1, c.seq_len), int), jnp.float32
+    )
+  )
+  stacks = [stack for shape in plan.shapes for stack in (shape.encoder, shape.decoder)]
+  selective = any(stack.active is not None for stack in stacks)
+  assert (state.encoder is not None) == (state.decoder is not None) == selective
+  assert (state.scores is not None) == any(stack.record for stack in stacks)
+  one_half = any(shape.guided and shape.halves == 1 for shape in plan.shapes)
+  assert (state.difference is not None) == one_half
 
 
 def check_refresh(plan: DecodePlan):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from marche_jax import decode_state
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.diffusion import respaced_timesteps
+from marche_jax.diffusion import log_snr_timesteps, respaced_timesteps
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import POLICIES, make_plan, parse_policy
 from marche_jax.policies.disa import disa_steps
@@ -102,6 +102,7 @@ def test_combinations_build(policy, num_iter, cfg):
   assert (found.stages is not None) == ("gtr" in names)
   iterations = len(found.rows)
   if "disa" in names:
+    assert max(max(t) for t in timesteps(found)) <= 950
     steps = [respaced_timesteps(disa_steps(k, iterations), 950).tolist() for k in range(iterations)]
     if "recap" in names:  # whose local iterations take 40% of them
       for k in range(iterations // 2 + 1, iterations, 2):
@@ -109,6 +110,16 @@ def test_combinations_build(policy, num_iter, cfg):
     assert timesteps(found) == steps
   else:
     assert timesteps(found) == timesteps(counts)
+
+
+def test_timesteps_are_spaced_as_the_solver_wants_them():
+  """Under every policy; a higher-order solver takes them evenly in log SNR."""
+  for policy, steps in (("disa", 50), ("gtr", 50), ("recap", 100), ("full", 100)):
+    found = timesteps(plan(policy, num_iter=8, solver="dpm++"))
+    top = 950 if policy == "disa" else 999
+    assert found[0] == log_snr_timesteps(steps, top).tolist() != respaced_timesteps(steps).tolist()
+  for local in timesteps(plan("recap+turbo", num_iter=64))[7::2]:
+    assert local == log_snr_timesteps(4, 950).tolist()
 
 
 # ---- DiSA

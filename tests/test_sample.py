@@ -18,6 +18,10 @@ from PIL import Image
 
 from marche_jax import checkpoint, sample
 from marche_jax.checkpoint import Model
+from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.policies import make_plan
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +198,14 @@ def test_plan_is_printed_without_drawing(model: Model, tmp_path: pathlib.Path) -
   result = command(f"--checkpoint={stored}", "--print_plan", f"--out={tmp_path / 'out'}")
   assert result.returncode == 0 and "step shapes" in result.stdout
   assert not (tmp_path / "out").exists()
+
+
+def test_plan_of_a_configuration_needs_no_checkpoint(tmp_path: pathlib.Path) -> None:
+  """Neither does the embedded model have anything to do with it."""
+  wanted = make_plan(ModelConfig(), SampleConfig(policy="gtr", num_iter=16, cfg=3.0))
+  result = command(
+    f"--config={ROOT / 'configs' / 'mar_base.py'}", "--policy=gtr", "--config.sample.num_iter=16",
+    "--config.sample.cfg=3.0", "--print_plan",
+  )  # fmt: skip
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.splitlines()[:-1] == wanted.table().splitlines()
