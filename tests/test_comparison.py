@@ -171,7 +171,7 @@ def test_batches_of_other_settings_are_not_taken(
 def test_entries_that_decode_alike_share_their_images(
   model: Model, drawn: list[str], tmp_path: pathlib.Path
 ) -> None:
-  same = entries("full", "full:active_size=5")  # no field of `full`
+  same = entries("full", f"full:max_timestep={tiny.SAMPLE.max_timestep}")
   comparison.draw(model, same, SETTINGS, tmp_path)
   assert [line for line in drawn if "compile" not in line] == [FULL] * 3
 
