@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import math
 
 import golden
 import jax
@@ -15,13 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import cost, decode_state
+from marche_jax import decode_state
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.draft import Draft, Refresh, build, full_steps, mask_schedule
-from marche_jax.grouping import MAX_PADDING, MAX_STEP_SHAPES, _widest, group_shapes
+from marche_jax.grouping import MAX_STEP_SHAPES
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
-from marche_jax.shapes import HeadShape, StackShape, StepShape
 
 MAR_B = ModelConfig()
 
@@ -162,93 +157,6 @@ def check_refresh(plan: DecodePlan):
   assert (plan.cache_bytes_per_image > 0) == selective == (plan.cache_halves > 0)
 
 
-@pytest.mark.parametrize("num_iter", [16, 32, 64, 128, 256])
-@pytest.mark.parametrize("name", ["mar_base", "mar_large", "mar_huge"])
-def test_padding_is_at_most_a_quarter(name, num_iter):
-  plan = make_plan(golden.read_config(name).model, SampleConfig(num_iter=num_iter))
-  encoder, head = plan.padding()
-  assert encoder <= 1.25 and head <= 1.25
-  assert len(plan.shapes) <= MAX_STEP_SHAPES
-
-
-@given(st.integers(1, 1024), st.data())
-def test_mask_schedule(unknown, data):
-  num_iter = data.draw(st.integers(1, min(unknown, 300)))
-  mask_len, predicted = mask_schedule(unknown, num_iter)
-  assert predicted.sum() == unknown and predicted.min() >= 1
-  assert mask_len[-1] == 1  # so the last guidance scale is not quite cfg, as in the reference
-  assert (np.diff(mask_len[:-1]) < 0).all()
-  np.testing.assert_array_equal(unknown - np.cumsum(predicted)[:-1], mask_len[:-1])
-
-
-def test_mask_schedule_is_computed_in_float64():
-  """cos(pi/3) is a little above 1/2 in float64 and a little below it in float32."""
-  assert math.floor(256 * math.cos(math.pi / 2 * 2 / 3)) == 128
-  assert np.floor(np.float32(256) * np.cos(np.float32(np.pi) / 2 * np.float32(2 / 3))) == 127
-  assert mask_schedule(256, 3)[0].tolist() == [221, 128, 1]
-  assert mask_schedule(256, 6)[0][3] == 128
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-  st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=7),
-  st.integers(0, 20),
-  st.booleans(),
-)
-def test_slots_are_grouped_at_the_least_work(rows, first, selective):
-  """Against trying every split into as few groups as reach the padding asked for."""
-  config = sized(16)
-  predicted, steps = (np.asarray(x) for x in zip(*rows))
-  known = first + np.cumsum(predicted) - predicted
-
-  def exact(k):
-    some = {"source": "scout", "layer": 2} if selective else {}
-    active = {"active": 5 + int(known[k]) // 2, "forced": 2} if selective else {}
-    return StepShape(
-      encoder=StackShape(int(known[k]), **active, **some),
-      decoder=StackShape(config.seq_len, **active, **some),
-      head=HeadShape(int(predicted[k]), int(steps[k])),
-      guided=True,
-      halves=2,
-    )
-
-  every = [exact(k) for k in range(len(rows))]
-
-  def split(cuts):
-    bounds = [0, *cuts, len(rows)]
-    return [
-      functools.reduce(_widest, every[i:j])
-      for i, j in itertools.pairwise(bounds)
-      for _ in range(i, j)
-    ]
-
-  def work(shapes):
-    return sum(cost.step_flops(config, s, int(n)).total for s, n in zip(shapes, steps))
-
-  def padding(shapes):
-    def tokens(shapes):
-      encoder = sum(s.encoder.active or config.buffer_size + s.encoder.slots for s in shapes)
-      return np.asarray([encoder, sum(s.head.slots for s in shapes)])
-
-    return (tokens(shapes) / tokens(every)).max()
-
-  for count in range(1, len(rows) + 1):
-    best = min(map(split, itertools.combinations(range(1, len(rows)), count - 1)), key=work)
-    if padding(best) <= MAX_PADDING:
-      break
-  grouped = group_shapes(config, every, steps.tolist())
-  assert work(grouped) == pytest.approx(work(best))
-  for shape, wide in zip(every, grouped):  # every row fits into its shape
-    assert _widest(wide, shape) == wide
-
-
-def test_rows_of_another_kind_share_no_shape():
-  """Only numbers of places may be padded: what else a shape says is what the step does."""
-  plan = make_plan(MAR_B, SampleConfig(num_iter=32, policy="marche", refresh_interval=3))
-  selective = [plan.shapes[row.shape].decoder.active is not None for row in plan.rows]
-  assert selective == [k % 3 > 0 for k in range(32)]
-
-
 def test_guidance_off_halves_the_work():
   on, off = (make_plan(MAR_B, SampleConfig(cfg=cfg)).flops() for cfg in (3.0, 1.0))
   assert (off.encoder, off.decoder) == (on.encoder / 2, on.decoder / 2)
@@ -302,25 +210,6 @@ def test_cache_bytes_are_those_of_the_state():
     )
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert plan.cache_bytes_per_image == size - tokens.nbytes - order.nbytes, fields
-
-
-def test_the_unconditional_half_needs_a_full_iteration_before():
-  sample = SampleConfig(num_iter=4)
-  steps = full_steps(MAR_B, sample, 0, [0, 1])
-  steps[1].halves, steps[2].halves = 1, 1
-  plan = build(Draft(MAR_B, sample, 0, steps))
-  first = plan.rows[2].num_known + plan.rows[2].num_predict
-  assert [plan.shapes[row.shape].difference for row in plan.rows] == [first, 0, 0, 0]
-  steps[0].encoder = Refresh(3)  # an encoder that did not run on everything
-  with pytest.raises(ValueError, match="iteration 1 computes the conditional half alone"):
-    build(Draft(MAR_B, sample, 0, steps))
-
-
-@pytest.mark.parametrize(("num_iter", "num_known"), [(257, 0), (57, 200), (1, 256)])
-def test_more_iterations_than_tokens(num_iter, num_known):
-  expected = rf"sample\.num_iter={num_iter}: expected 1 to {256 - num_known}"
-  with pytest.raises(ValueError, match=expected):
-    make_plan(MAR_B, SampleConfig(num_iter=num_iter), num_known)
 
 
 def test_unknown_policy():
