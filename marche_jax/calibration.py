@@ -53,7 +53,7 @@ def calibrate(
     the drift float64 [R, R]: entry r, k >= r is that of iteration k from a refresh in r.
 
   Raises:
-    ValueError: where the policy has no marche in it.
+    ValueError: where the policy has no marche in it, or nothing that reads a cache.
   """
   if "marche" not in parse_policy(sample.policy):
     raise ValueError(

@@ -36,7 +36,7 @@ class Entry:
 
 def all_entries(sample: SampleConfig) -> list[str]:
   """Every policy, and `full` in half the iterations: what an acceleration has to beat."""
-  return [ALL[0], f"{BASELINE}:num_iter={max(1, sample.num_iter // 2)}", *ALL[1:]]
+  return [BASELINE, f"{BASELINE}:num_iter={max(1, sample.num_iter // 2)}", *ALL[1:]]
 
 
 def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConfig) -> list[Entry]:
@@ -48,8 +48,9 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
     sample: what entries change.
 
   Raises:
-    ValueError: for no entry, one that stands twice, an unknown policy or field, a value that is not
-      of the field's type or out of range; starts with the entry.
+    ValueError: for no entry, one that stands twice, an unknown policy or field, a field that the
+      policy does not read, a value that is not of the field's type or out of range; starts with the
+      entry.
   """
   names = [value.strip() for value in values]
   if not any(names):

@@ -13,7 +13,7 @@ import numpy as np
 
 from marche_jax import cost
 from marche_jax.config import ModelConfig
-from marche_jax.shapes import StackShape, StepShape
+from marche_jax.shapes import StackShape, StepShape, places
 
 MAX_PADDING = 1.2
 """Padded over exact work in encoder and head above which a plan gets another step shape."""
@@ -112,12 +112,8 @@ def _padding(
   exact: Sequence[StepShape],
 ) -> float:
   """The larger of padded over exact tokens, in encoder and head."""
-
-  def tokens(shapes: Sequence[StepShape]) -> tuple[int, int]:
-    encoder = sum(s.encoder.active or config.buffer_size + s.encoder.slots for s in shapes)
-    return encoder, sum(s.head.slots for s in shapes)
-
-  return max(a / b for a, b in zip(tokens(grouped), tokens(exact)))
+  both = (places(shapes, config.buffer_size) for shapes in (grouped, exact))
+  return max(padded / unpadded for padded, unpadded in zip(*both))
 
 
 def _splits(

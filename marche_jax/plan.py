@@ -15,7 +15,7 @@ import numpy as np
 from marche_jax import cost
 from marche_jax.config import ModelConfig
 from marche_jax.diffusion import Process
-from marche_jax.shapes import StackShape, StepShape, describe
+from marche_jax.shapes import StackShape, StepShape, describe, places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +113,8 @@ class DecodePlan:
 
   def padding(self) -> tuple[float, float]:
     """Padded over exact tokens: (recomputed in the encoder, predicted)."""
-    buffer = self.config.buffer_size
     shapes = [self.shapes[row.shape] for row in self.rows]
-    encoder = sum(s.encoder.active or buffer + s.encoder.slots for s in shapes)
-    head = sum(s.head.slots for s in shapes)
+    encoder, head = places(shapes, self.config.buffer_size)
     exact = sum(row.encoder_active for row in self.rows)
     return encoder / exact, head / sum(row.num_predict for row in self.rows)
 

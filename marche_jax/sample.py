@@ -280,8 +280,7 @@ def configs(checkpoint_dir: str | None, config_flag: Any) -> tuple[ModelConfig, 
 
 def print_plan(config: ModelConfig, sample_config: SampleConfig) -> None:
   """Prints the plan under `--policy`, compared with that of `full`."""
-  if flags.FLAGS.policy is not None:
-    sample_config = with_policy(flags.FLAGS.policy, config, sample_config)
+  sample_config = with_policy(flags.FLAGS.policy, config, sample_config)
   baseline = make_plan(config, dataclasses.replace(sample_config, policy="full"))
   print(make_plan(config, sample_config).table(baseline))
 
@@ -292,8 +291,7 @@ def main() -> None:
     print_plan(*configs(flags.FLAGS.checkpoint, flags.FLAGS["config"]))
     return
   model, sample_config = load(flags.FLAGS.checkpoint, flags.FLAGS["config"])
-  if flags.FLAGS.policy is not None:
-    sample_config = with_policy(flags.FLAGS.policy, model.config, sample_config)
+  sample_config = with_policy(flags.FLAGS.policy, model.config, sample_config)
   if flags.FLAGS.calibrate is not None:
     write_calibrated(flags.FLAGS.calibrate, model, sample_config)
     return
@@ -357,8 +355,12 @@ def traced_images(
   return numbers
 
 
-def with_policy(policy: str, config: ModelConfig, sample_config: SampleConfig) -> SampleConfig:
-  """`sample_config` under a policy, by its name or the file of a calibrated plan."""
+def with_policy(
+  policy: str | None, config: ModelConfig, sample_config: SampleConfig
+) -> SampleConfig:
+  """`sample_config` under a policy, by its name or the file of a calibrated plan; None: its own."""
+  if policy is None:
+    return sample_config
   if policy.endswith(".json"):
     return calibration.load_plan(pathlib.Path(policy), config, sample_config)
   return dataclasses.replace(sample_config, policy=policy)

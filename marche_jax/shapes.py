@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,12 @@ class StepShape:
   guided: bool  # z has an unconditional half
   halves: int  # guidance halves that the transformer computes: 2, or 1 (conditional only)
   difference: int = 0  # places for tokens whose unconditional minus conditional output is stored
+
+
+def places(shapes: Sequence[StepShape], buffer: int) -> tuple[int, int]:
+  """Places of some steps for (tokens that the encoder recomputes, tokens that are predicted)."""
+  encoder = sum(s.encoder.active or buffer + s.encoder.slots for s in shapes)
+  return encoder, sum(s.head.slots for s in shapes)
 
 
 def describe(shape: StepShape) -> str:
