@@ -58,7 +58,7 @@ class KVCache:
   def scatter(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
     """Stores keys and values [X, A, width] at positions int [X, A]; those out of range drop."""
     sequence = jnp.arange(index.shape[0])[:, None]
-    put = lambda to, x: to.at[layer, sequence, index].set(x, mode="drop")  # noqa: E731
+    put = lambda to, x: to.at[layer, sequence, index].set(x, mode="drop")
     return KVCache(put(self.k, k), put(self.v, v))
 
 

@@ -12,8 +12,6 @@ programming.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 from typing import Any
 
 import jax
@@ -23,17 +21,14 @@ import numpy as np
 from marche_jax import decode_state, sampler
 from marche_jax.cache import KVCache
 from marche_jax.checkpoint import Model
-from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.config import SampleConfig
 from marche_jax.decode_state import Inputs
-from marche_jax.generation import Decoder, check_labels
-from marche_jax.images import atomic_write
+from marche_jax.generation import Decoder, NonFiniteLatentsError, check_labels
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan, parse_policy
 
 SKETCH = 16
 """Random directions that keys, and as many that values, of a layer are projected on."""
-
-FORMAT = "marche_jax refresh plan, version 1"
 
 
 def calibrate(
@@ -46,14 +41,15 @@ def calibrate(
     sample: how; its refresh_interval says at which cost.
     labels: int [B], of the images to measure on.
     key: of the run.
-    dtype: of the transformer's activations.
+    dtype: of activations and matrix products.
 
   Returns:
     `sample` with its refresh_iterations, which cost at most what every refresh_interval-th did; and
     the drift float64 [R, R]: entry r, k >= r is that of iteration k from a refresh in r.
 
   Raises:
-    ValueError: where the policy has no marche in it, or nothing that reads a cache.
+    ValueError: where the policy has no marche in it, or nothing that reads a cache; where latents
+      are not finite (`NonFiniteLatentsError`).
   """
   if "marche" not in parse_policy(sample.policy):
     raise ValueError(
@@ -89,10 +85,13 @@ def measure_drift(
   rows, tables = decode_state.plan_rows(full)
   inputs = Inputs(labels, keys)
   sketches = []
-  for _, row in decode_state.chunks(rows, 1):
-    state, _, _ = sampler.jitted_decode(
-      model.params, state, row, tables, inputs, config=model.config, shapes=full.shapes, dtype=dtype
-    )
+  for done, row in decode_state.chunks(rows, 1):
+    state, finite, _ = sampler.jitted_decode(
+      model.params, state, row, tables, inputs,
+      config=model.config, shapes=full.shapes, dtype=dtype, head_dtype=dtype,
+    )  # fmt: skip
+    if not finite.all():
+      raise NonFiniteLatentsError(f"non-finite latents at iteration {done - 1} of {len(full.rows)}")
     sketches.append([np.asarray(_sketch(c)) for c in (state.encoder, state.decoder)])
   return drift_of_sketches(sketches, full)
 
@@ -101,7 +100,7 @@ def measure_drift(
 def _sketch(cache: KVCache) -> jax.Array:
   """Random projections of keys and values, float32 [L, X, N, 2 * SKETCH]."""
   directions = jax.random.normal(jax.random.key(0), (cache.k.shape[-1], SKETCH))
-  project = lambda x: jnp.einsum("lxnw,wd->lxnd", x.astype(jnp.float32), directions)  # noqa: E731
+  project = lambda x: jnp.einsum("lxnw,wd->lxnd", x.astype(jnp.float32), directions)
   return jnp.concatenate([project(cache.k), project(cache.v)], axis=-1)
 
 
@@ -148,48 +147,3 @@ def choose_refreshes(drift: np.ndarray, count: int) -> tuple[int, ...]:
     end = int(step[end])
     chosen.append(end)
   return (0, *reversed(chosen))
-
-
-def save_plan(
-  path: pathlib.Path, config: ModelConfig, sample: SampleConfig, drift: np.ndarray
-) -> None:
-  """Writes a plan file: what `load_plan` reads, and the drift since each refresh to look at."""
-  refreshes = sample.refresh_iterations
-  since = [max(r for r in refreshes if r <= k) for k in range(len(drift))]
-  content = {
-    "format": FORMAT,
-    "policy": sample.policy,
-    "refresh_iterations": list(refreshes),
-    "num_iter": sample.num_iter,
-    "seq_len": config.seq_len,
-    "drift": [float(drift[r, k]) for k, r in enumerate(since)],
-  }
-  with atomic_write(path) as aside:
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def load_plan(path: pathlib.Path, config: ModelConfig, sample: SampleConfig) -> SampleConfig:
-  """`sample` with the policy and the refreshes of a plan file.
-
-  Raises:
-    ValueError: where the file is none, or was made for another number of iterations or tokens.
-    OSError: where it cannot be read.
-  """
-  try:
-    content = json.loads(path.read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path}: expected a plan file of --calibrate: {error}") from error
-  if not isinstance(content, dict) or content.get("format") != FORMAT:
-    raise ValueError(f"{path}: expected a plan file of --calibrate ({FORMAT!r})")
-  fields = {"policy", "refresh_iterations", "num_iter", "seq_len"}
-  if missing := fields - content.keys():
-    raise ValueError(f"{path}: missing field {min(missing)}")
-  for field, found in (("num_iter", sample.num_iter), ("seq_len", config.seq_len)):
-    if content[field] != found:
-      raise ValueError(f"{path}: made for {field}={content[field]!r}, expected {found}")
-  try:
-    return dataclasses.replace(
-      sample, policy=content["policy"], refresh_iterations=content["refresh_iterations"]
-    )
-  except ValueError as error:
-    raise ValueError(f"{path}: {error}") from error

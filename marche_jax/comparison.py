@@ -5,7 +5,8 @@ batch size, dtype, device), so that a run which was interrupted goes on, and a l
 policies or more images draws only what is missing. The code that draws is not in the name: after a
 change of it, use another directory.
 
-Policies take turns, batch by batch, so that noise of the machine hits all alike. A speed-up is the
+Every policy draws a batch that is not kept, to warm up. Then policies take turns, batch by batch,
+so that noise of the machine hits all alike. A speed-up is the
 median over the batches of the baseline's seconds over the policy's; where the two were not drawn in
 the same run, that of their medians.
 """
@@ -142,6 +143,7 @@ def draw(
       print(f"compiling {entry.name} ...", file=sys.stderr, flush=True)
       decoders[entry.name] = generation.Decoder(entry.plan, dtype=dtype, head_dtype=dtype)
       compile_seconds[entry.name] = decoders[entry.name].compile(model.params, batch_size)
+      _decode_batch(model, entry.name, decoders[entry.name], settings, 0)  # warms up
   if todo:
     generation.compile_to_images(model, batch_size)
   run = secrets.token_hex(8)
@@ -150,33 +152,33 @@ def draw(
     if file.exists():  # another entry decodes in the same way
       continue
     bar.set_postfix_str(f"{entry.name}, images {start} to {start + batch_size - 1}")
-    try:
-      arrays = _draw_batch(model, decoders[entry.name], settings, start)
-    except generation.NonFiniteLatentsError as error:
-      raise generation.NonFiniteLatentsError(f"{entry.name}: {error}") from error
+    tokens, seconds = _decode_batch(model, entry.name, decoders[entry.name], settings, start)
+    latents = unpatchify(tokens, model.config)
+    arrays = {
+      "images": generation.to_images(model, latents),
+      "latents": np.asarray(latents),
+      "seconds": np.asarray(seconds),
+    }
     with atomic_write(file) as aside, aside.open("wb") as opened:
       np.savez(opened, **arrays, run=np.asarray(run))  # type: ignore[arg-type]
   return compile_seconds
 
 
-def _draw_batch(
-  model: Model, decoder: generation.Decoder, settings: Settings, start: int
-) -> dict[str, np.ndarray]:
-  """Images, latents and the seconds that decoding of the batch took."""
+def _decode_batch(
+  model: Model, name: str, decoder: generation.Decoder, settings: Settings, start: int
+) -> tuple[jax.Array, float]:
+  """Tokens [B, S, C] of a batch under the policy of a name, and the seconds that they took."""
   size = settings.batch_size
   ids = jnp.arange(start, start + size, dtype=jnp.uint32)
   keys = decode_state.image_keys(decode_state.run_key(settings.seed), ids)
   inputs = Inputs(labels_of(start, size, model.config), keys)
   state = jax.block_until_ready(decoder.start(keys))
   clock = time.perf_counter()
-  tokens = jax.block_until_ready(decoder(model.params, state, inputs))
-  seconds = time.perf_counter() - clock
-  latents = unpatchify(tokens, model.config)
-  return {
-    "images": generation.to_images(model, latents),
-    "latents": np.asarray(latents),
-    "seconds": np.asarray(seconds),
-  }
+  try:
+    tokens = jax.block_until_ready(decoder(model.params, state, inputs))
+  except generation.NonFiniteLatentsError as error:
+    raise generation.NonFiniteLatentsError(f"{name}: {error}") from error
+  return tokens, time.perf_counter() - clock
 
 
 def _file(place: pathlib.Path, start: int) -> pathlib.Path:

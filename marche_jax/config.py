@@ -184,8 +184,9 @@ class SampleConfig:
     p = "sample."
     _require(
       isinstance(self.refresh_iterations, list | tuple)
-      and all(isinstance(k, int) and k >= 0 for k in self.refresh_iterations),
-      p + "refresh_iterations", self.refresh_iterations, "a list of iterations, counted from 0",
+      and all(type(k) is int and k >= 0 for k in self.refresh_iterations),
+      p + "refresh_iterations", self.refresh_iterations,
+      "a list of iterations, counted from 0, such as 0,3,9",
     )  # fmt: skip
     object.__setattr__(self, "refresh_iterations", tuple(sorted(set(self.refresh_iterations))))
     _require_int(self, p, 1, "refresh_interval", "select_layer")

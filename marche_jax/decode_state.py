@@ -2,7 +2,7 @@
 
 Reference: `MAR.sample_tokens`. Shapes as in `models/mar.py`; X = guidance halves times images, the
 conditional half first; N positions in rank order as in `cache.py`; R rows of a plan, T diffusion
-steps of its longest table.
+steps of its longest process.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from marche_jax.plan import DecodePlan
 # Streams of an image's random numbers.
 ORDER_STREAM, NOISE_STREAM = 0, 1
 
+IDLE = -1
+"""Step shape of a row that runs nothing."""
+
 
 @flax.struct.dataclass
 class DecodeState:
@@ -43,24 +46,24 @@ class DecodeState:
 class Rows:
   """Row data of a plan on the device, each [R]."""
 
-  shape: Any  # int32; -1 runs nothing (padding)
+  shape: Any  # int32; IDLE: padding
   num_known: Any  # int32
   num_previous: Any  # int32
   num_predict: Any  # int32
   encoder_active: Any  # int32
   decoder_active: Any  # int32
   cfg: Any  # float32
-  table: Any  # int32
+  process: Any  # int32
   steps: Any  # int32
   num_detail: Any  # int32
-  detail_table: Any  # int32
+  detail_process: Any  # int32
 
 
 @flax.struct.dataclass
 class Tables:
-  """Diffusion tables of a plan, padded to the longest."""
+  """Tables of a plan's diffusion processes, padded to the longest."""
 
-  coefficients: diffusion.Coefficients  # each [tables, T]
+  coefficients: diffusion.Coefficients  # each [processes, T]
   temperature: Any  # float32 []
 
 
@@ -105,7 +108,7 @@ def arrange(plan: DecodePlan, order: Any) -> jax.Array:
   raster group are put into raster order. The plan's known tokens, at the end of the order, stay.
   """
   by_rank = jnp.asarray(order, jnp.int32)[:, ::-1]
-  sort = lambda key: jnp.take_along_axis(by_rank, jnp.argsort(key, axis=1, stable=True), axis=1)  # noqa: E731
+  sort = lambda key: jnp.take_along_axis(by_rank, jnp.argsort(key, axis=1, stable=True), axis=1)
   if plan.stages is not None:
     known = np.arange(by_rank.shape[1]) < plan.rows[0].num_known
     by_rank = sort(jnp.where(known, -1, jnp.asarray(plan.stages, jnp.int32)[by_rank]))
@@ -134,7 +137,7 @@ def empty_state(plan: DecodePlan, tokens: Any, order: Any, dtype: Any) -> Decode
   batch, positions = tokens.shape[0], config.num_positions
   wide = config.decoder_embed_dim
   sequences = halves * batch
-  score = lambda: jnp.zeros((sequences, positions))  # noqa: E731
+  score = lambda: jnp.zeros((sequences, positions))
   return dataclasses.replace(
     state,
     encoder=empty_cache(
@@ -155,8 +158,8 @@ def state_specs(plan: DecodePlan, axis: str) -> DecodeState:
   state = jax.eval_shape(
     lambda: empty_state(plan, jnp.zeros((1, 1, 1)), jnp.zeros((1, 1), jnp.int32), jnp.float32)
   )
-  data = lambda tree: jax.tree.map(lambda _: PartitionSpec(axis), tree)  # noqa: E731
-  caches = lambda tree: jax.tree.map(lambda _: PartitionSpec(None, axis), tree)  # noqa: E731
+  data = lambda tree: jax.tree.map(lambda _: PartitionSpec(axis), tree)
+  caches = lambda tree: jax.tree.map(lambda _: PartitionSpec(None, axis), tree)
   return dataclasses.replace(
     data(state), encoder=caches(state.encoder), decoder=caches(state.decoder)
   )
@@ -170,18 +173,14 @@ def plan_rows(plan: DecodePlan) -> tuple[Rows, Tables]:
     jax.tree.map(lambda x: np.pad(x, (0, longest - len(x))), p.coefficients())
     for p in plan.processes
   ]
-  column = lambda dtype, values: np.asarray(list(values), dtype)  # noqa: E731
-  integers = {
-    name: column(np.int32, (getattr(row, name) for row in plan.rows))
-    for name in ("shape", "num_known", "num_previous", "num_predict", "encoder_active",
-                 "decoder_active", "num_detail")
-  }  # fmt: skip
+  columns: dict[str, list[Any]] = {
+    field.name: [getattr(row, field.name) for row in plan.rows]
+    for field in dataclasses.fields(Rows)
+    if field.name != "steps"
+  }
+  columns["steps"] = [plan.steps(row) for row in plan.rows]
   rows = Rows(
-    **integers,
-    cfg=column(np.float32, (r.cfg for r in plan.rows)),
-    table=column(np.int32, (r.process for r in plan.rows)),
-    steps=column(np.int32, (lengths[r.process] for r in plan.rows)),
-    detail_table=column(np.int32, (r.detail_process for r in plan.rows)),
+    **{k: np.asarray(v, np.float32 if k == "cfg" else np.int32) for k, v in columns.items()}
   )
   coefficients = jax.tree.map(lambda *x: np.stack(x), *padded)
   return rows, Tables(coefficients, np.float32(plan.temperature))
@@ -195,5 +194,5 @@ def chunks(rows: Rows, size: int) -> Iterator[tuple[int, Rows]]:
     pad = size - (end - start)
     chunk = jax.tree.map(lambda x, s=start, e=end, p=pad: np.pad(x[s:e], (0, p)), rows)
     if pad:
-      chunk.shape[-pad:] = -1
+      chunk.shape[-pad:] = IDLE
     yield end, chunk

@@ -123,7 +123,7 @@ def make_steps(
   num_known: int,
   mask_len: np.ndarray,
   predicted: np.ndarray,
-  timesteps: Sequence[int],
+  timesteps: Sequence[int] = (),
 ) -> list[Step]:
   """Full iterations with given counts.
 
@@ -132,7 +132,7 @@ def make_steps(
     num_known: image tokens that are given.
     mask_len: tokens still masked after each iteration, as guidance counts them, int [R].
     predicted: tokens predicted in each, int [R].
-    timesteps: of the diffusion, ascending.
+    timesteps: of the diffusion, ascending; none: left to the caller.
   """
   scale = guidance_schedule(sample, config.seq_len, mask_len)
   known = num_known + np.cumsum(predicted) - predicted

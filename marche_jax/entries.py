@@ -1,18 +1,22 @@
 """What a comparison compares: the entries of `--policies`.
 
 An entry is a policy, with fields of `SampleConfig` changed where it says so:
-`marche`, `marche+disa`, `marche:refresh_interval=9:select_layer=1`, `full:num_iter=32`.
+`marche`, `marche+disa`, `marche:refresh_interval=9:select_layer=1`, `full:num_iter=32`. A plan file
+of `sample --calibrate` may stand for the policy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan, unread_fields
+from marche_jax.plan_file import FIELDS as FILE_FIELDS
+from marche_jax.plan_file import load_plan
+from marche_jax.policies import check_fields, make_plan
 
 BASELINE = "full"
 
@@ -43,14 +47,15 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
   """Reads the entries of `--policies`, and makes their plans.
 
   Args:
-    values: the entries, `POLICY` or `POLICY:FIELD=VALUE:...`.
+    values: the entries, `POLICY` or `POLICY:FIELD=VALUE:...`, or FILE.json for the policy.
     config: of the model.
     sample: what entries change.
 
   Raises:
     ValueError: for no entry, one that stands twice, an unknown policy or field, a field that the
-      policy does not read, a value that is not of the field's type or out of range; starts with the
-      entry.
+      policy does not read, a value that is not of the field's type or out of range, a wrong plan
+      file; starts with the entry.
+    OSError: where a plan file cannot be read.
   """
   names = [value.strip() for value in values]
   if not any(names):
@@ -60,7 +65,7 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
     if names.count(name) > 1:
       raise ValueError(f"--policies: {name!r} stands there twice")
     policy, *changes = name.split(":")
-    fields: dict[str, object] = {"policy": policy}
+    fields: dict[str, object] = {}
     try:
       for change in changes:
         field, value = _parse_change(change)
@@ -68,13 +73,39 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
           raise ValueError(f"{field} stands there twice")
         fields[field] = value
       changed = dataclasses.replace(sample, **fields)  # type: ignore[arg-type]
+      changed = with_policy(policy, config, changed, fields)
       plan = make_plan(config, changed)
-      for field, owner in unread_fields(policy, fields).items():
-        raise ValueError(f"{field} is a field of {owner}, which {policy} does not read")
     except ValueError as error:
       raise ValueError(f"--policies, {name!r}: {error}") from error
     entries.append(Entry(name, changed, plan))
   return entries
+
+
+def with_policy(
+  policy: str, config: ModelConfig, sample: SampleConfig, asked: Iterable[str]
+) -> SampleConfig:
+  """`sample` under a policy.
+
+  Args:
+    policy: its name, or the plan file (FILE.json) of `sample --calibrate`.
+    config: of the model.
+    sample: how to decode otherwise.
+    asked: fields of it that somebody asked for, which must not go unread.
+
+  Raises:
+    ValueError: for an unknown policy, a field that goes unread, a wrong plan file.
+    OSError: where a plan file cannot be read.
+  """
+  asked = list(asked)
+  if not policy.endswith(".json"):
+    check_fields(policy, asked)
+    return dataclasses.replace(sample, policy=policy)
+  for field in asked:
+    if field in (*FILE_FIELDS, "refresh_interval"):
+      raise ValueError(f"sample.{field} is not read: {policy} decides on it")
+  loaded = load_plan(pathlib.Path(policy), config, sample)
+  check_fields(loaded.policy, asked)
+  return loaded
 
 
 def baseline(entries: Sequence[Entry]) -> Entry:

@@ -1,4 +1,4 @@
-"""What the command lines share: the `--config` flag and errors of one line.
+"""What the command lines share: `--config`, the compilation cache, and errors of one line.
 
 flags.define_config("configs/mar_base.py")
 
@@ -76,6 +76,7 @@ def enable_compilation_cache() -> None:
   directory = flags.FLAGS.compilation_cache
   if directory:
     jax.config.update("jax_compilation_cache_dir", directory)
+    # The default, a second, would keep none of the small programs.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 

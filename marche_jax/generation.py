@@ -152,7 +152,8 @@ def generate(
 ) -> jax.Array:
   """Samples one image per label.
 
-  Image i depends on (key, image_ids[i], labels[i]) alone, not on the batch it is in.
+  Image i depends on (key, image_ids[i], labels[i]) alone, not on the batch it is in. This plans on
+  the host and compiles what it runs: it cannot be jitted itself, `sampler.decode` can.
 
   Args:
     model: of `marche_jax.load_model`.

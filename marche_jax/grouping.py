@@ -1,7 +1,7 @@
 """Padding: which rows of a plan share a step shape.
 
-Every distinct shape is compiled, so that there are few; every row pays for what its shape is wider
-than the row.
+Every distinct shape is compiled, so a plan has few; a row computes all slots of its shape, filled
+or not.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from marche_jax.config import ModelConfig
 from marche_jax.shapes import StackShape, StepShape, places
 
 MAX_PADDING = 1.2
-"""Padded over exact work in encoder and head above which a plan gets another step shape."""
+"""Padded over exact tokens in encoder and head above which a plan gets another step shape."""
 
 MAX_STEP_SHAPES = 8
+"""Of a plan, where no more kinds of rows are in it."""
 
 
 def group_shapes(

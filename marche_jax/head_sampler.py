@@ -31,7 +31,7 @@ More rows make no product cheaper per row and need more memory, 4 (3d + 2) w byt
 class HeadWeights:
   """The head's weights as the sampling loop reads them; d blocks, width w."""
 
-  time: jax.Array  # [tables, T, w] float32: embedding of each table's timesteps
+  time: jax.Array  # [processes, T, w] float32: embedding of each one's timesteps
   modulation: dict[str, jax.Array]  # kernel [w, (3d + 2) w], bias: all blocks', then the final's
   blocks: tuple[dict[str, Any], ...]  # norm, fc1, fc2 of each block
   cond_embed: dict[str, jax.Array]
@@ -45,14 +45,14 @@ def prepare(params: Any, config: ModelConfig, timesteps: jax.Array, dtype: Any) 
   Args:
     params: of `Head`.
     config: sizes.
-    timesteps: of the plan's diffusion tables, int [tables, T].
+    timesteps: of the plan's diffusion processes, int [processes, T].
     dtype: of the matrix products' operands, but for the last layer's.
   """
   blocks = params["blocks"]
   depth, width = config.diffloss_d, config.diffloss_w
   kernel = blocks["modulation"]["kernel"].transpose(1, 0, 2).reshape(width, depth * 3 * width)
   final = params["final_modulation"]
-  cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)  # noqa: E731
+  cast = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
   time = Head(config).apply({"params": params}, timesteps.reshape(-1), method="time_embedding")
   return HeadWeights(
     time=time.reshape(*timesteps.shape, width),
@@ -135,7 +135,7 @@ def sample(
   z: jax.Array,
   halves: int,
   *,
-  table: jax.Array,
+  process: jax.Array,
   coefficients: diffusion.Coefficients,
   steps: int | jax.Array,
   cfg: jax.Array,
@@ -152,8 +152,8 @@ def sample(
     weights: of `prepare`.
     z: float32 [halves * n, D]; the conditional half first.
     halves: 2 with guidance, 1 without.
-    table: index of the diffusion table, int [].
-    coefficients: of that table, each [T].
+    process: index of the diffusion process, int [].
+    coefficients: of that process, each [T].
     steps: how many of them count; static or traced.
     cfg: guidance scale, float32 [].
     temperature: factor on the noise, float32 [].
@@ -167,7 +167,7 @@ def sample(
     float32 [n, C].
   """
   cond = _dense(weights.cond_embed, z)
-  time = weights.time[table]
+  time = weights.time[process]
 
   def advance(index: jax.Array, state: tuple, out: jax.Array) -> tuple:
     """One step of the solver from its index and the guided output; state: (x_t, x_0 before)."""

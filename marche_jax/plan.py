@@ -29,7 +29,7 @@ class Row:
   mask_len: int  # tokens still masked afterwards, as the guidance schedule counts them
   cfg: float  # guidance scale
   process: int  # index into the plan's diffusion processes
-  encoder_active: int  # tokens recomputed; of all that there are in a full step
+  encoder_active: int  # tokens recomputed; in a full step all that the stack sees
   decoder_active: int
   num_detail: int = 0  # tokens with diffusion steps of their own
   detail_process: int = 0  # index of those
@@ -83,9 +83,9 @@ class DecodePlan:
     return len(self.processes[row.process].timesteps)
 
   def flops(self, padded: bool = True) -> cost.Flops:
-    """Of one image; `padded=False` counts only slots that hold a token.
+    """Of one image; with `padded=False`, only of slots that hold a token.
 
-    But for those of stored differences and recorded attention, which are small.
+    Slots of stored differences and recorded attention, which are small, are counted as they are.
     """
     total = cost.Flops(0.0, 0.0, 0.0)
     for row in self.rows:
@@ -125,7 +125,7 @@ class DecodePlan:
       baseline: a plan to predict the speed-up over, from the floating point operations.
     """
     lines = [
-      "iter  shape  known  predict  masked    cfg  steps  active: encoder  decoder",
+      "iter  shape  known  predict  mask_len    cfg  steps  active: encoder  decoder",
     ]
     for k, row in enumerate(self.rows):
       shape = self.shapes[row.shape]
@@ -133,7 +133,7 @@ class DecodePlan:
         (shape.encoder, row.encoder_active), (shape.decoder, row.decoder_active)))  # fmt: skip
       steps = f"{self.steps(row):5d}" + ("c" if shape.head.cached else " ")
       lines.append(
-        f"{k:4d}  {row.shape:5d}  {row.num_known:5d}  {row.num_predict:7d}  {row.mask_len:6d}  "
+        f"{k:4d}  {row.shape:5d}  {row.num_known:5d}  {row.num_predict:7d}  {row.mask_len:8d}  "
         f"{row.cfg:5.2f}  {steps} {next(active):>15s}  {next(active):>7s}"
       )
     flops, (encoder, head) = self.flops(), self.padding()

@@ -34,8 +34,10 @@ from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.decode_state import Inputs
 from marche_jax.embedded import CHECKPOINT, CONFIG
+from marche_jax.entries import with_policy
 from marche_jax.images import atomic_write, check_writable, grid, write_png
 from marche_jax.models.mar import inference_params, unpatchify
+from marche_jax.plan_file import save_plan
 from marche_jax.policies import make_plan
 
 CALIBRATION_IMAGES = 8
@@ -279,45 +281,51 @@ def configs(checkpoint_dir: str | None, config_flag: Any) -> tuple[ModelConfig, 
 
 
 def print_plan(config: ModelConfig, sample_config: SampleConfig) -> None:
-  """Prints the plan under `--policy`, compared with that of `full`."""
-  sample_config = with_policy(flags.FLAGS.policy, config, sample_config)
+  """Prints the plan, compared with that of `full`."""
   baseline = make_plan(config, dataclasses.replace(sample_config, policy="full"))
   print(make_plan(config, sample_config).table(baseline))
 
 
 def main() -> None:
   flags_lib.enable_compilation_cache()
-  if flags.FLAGS.print_plan:
-    print_plan(*configs(flags.FLAGS.checkpoint, flags.FLAGS["config"]))
+  values, asked = flags.FLAGS, asked_fields(flags.FLAGS["config"])
+  if values.print_plan:
+    if values.calibrate is not None:
+      raise ValueError("expected one of --print_plan and --calibrate, found both")
+    config, sample_config = configs(values.checkpoint, values["config"])
+    print_plan(config, under_policy(values.policy, config, sample_config, asked))
     return
-  model, sample_config = load(flags.FLAGS.checkpoint, flags.FLAGS["config"])
-  sample_config = with_policy(flags.FLAGS.policy, model.config, sample_config)
-  if flags.FLAGS.calibrate is not None:
-    write_calibrated(flags.FLAGS.calibrate, model, sample_config)
+  model, sample_config = load(values.checkpoint, values["config"])
+  policy = values.policy
+  if values.calibrate is not None and policy is None and sample_config.policy == "full":
+    policy = "marche"
+  sample_config = under_policy(policy, model.config, sample_config, asked)
+  if values.calibrate is not None:
+    write_calibrated(values.calibrate, model, sample_config)
     return
-  given = None if flags.FLAGS.labels is None else parse_labels(flags.FLAGS.labels)
-  num_images = flags.FLAGS.num_images
+  given = None if values.labels is None else parse_labels(values.labels)
+  num_images = values.num_images
   if num_images is None:
     num_images = len(given) if given else 100
   if num_images < 1:
     raise ValueError(f"num_images={num_images}: expected at least 1")
+  if given is not None:
+    generation.check_labels(given, model.config)  # those beyond num_images too
   labels = choose_labels(given, num_images, model.config.class_num)
-  traced = traced_images(
-    flags.FLAGS.trace, flags.FLAGS.trace_images, flags.FLAGS.trace_every, num_images
-  )
+  traced = traced_images(values.trace, values.trace_images, values.trace_every, num_images)
   report = run(
     model,
     sample_config,
     labels,
-    out=pathlib.Path(flags.FLAGS.out),
-    batch_size=flags.FLAGS.batch_size,
-    seed=flags.FLAGS.seed,
-    dtype=jnp.dtype(flags.FLAGS.dtype),
-    save_latents=flags.FLAGS.save_latents,
-    profile=flags.FLAGS.profile,
+    out=pathlib.Path(values.out),
+    batch_size=values.batch_size,
+    seed=values.seed,
+    dtype=jnp.dtype(values.dtype),
+    save_latents=values.save_latents,
+    profile=values.profile,
   )
   seconds = f"compiled in {report['compile_seconds']:.1f} s, drawn in {report['run_seconds']:.1f} s"
-  print(f"{num_images} images in {flags.FLAGS.out}: {seconds}")
+  print(f"{num_images} images in {values.out}: {seconds}")
   if split := report.get("split_seconds"):
     print(", ".join(f"{name} {value:.3f} s" for name, value in split.items()) + " per image")
   if traced:
@@ -326,13 +334,13 @@ def main() -> None:
       sample_config,
       labels,
       traced,
-      out=pathlib.Path(flags.FLAGS.trace),
-      batch_size=flags.FLAGS.batch_size,
-      seed=flags.FLAGS.seed,
-      dtype=jnp.dtype(flags.FLAGS.dtype),
-      every=flags.FLAGS.trace_every,
+      out=pathlib.Path(values.trace),
+      batch_size=values.batch_size,
+      seed=values.seed,
+      dtype=jnp.dtype(values.dtype),
+      every=values.trace_every,
     )
-    print(f"pictures of decoding images {', '.join(map(str, traced))} in {flags.FLAGS.trace}")
+    print(f"pictures of decoding images {', '.join(map(str, traced))} in {values.trace}")
 
 
 def traced_images(
@@ -355,15 +363,24 @@ def traced_images(
   return numbers
 
 
-def with_policy(
-  policy: str | None, config: ModelConfig, sample_config: SampleConfig
+def asked_fields(config_flag: Any) -> list[str]:
+  """Fields of `SampleConfig` that the command line names, as --config.sample.FIELD."""
+  overrides = config_flags.get_override_values(config_flag) if config_flag.value else {}
+  return [name.removeprefix("sample.") for name in overrides if name.startswith("sample.")]
+
+
+def under_policy(
+  policy: str | None, config: ModelConfig, sample_config: SampleConfig, asked: list[str]
 ) -> SampleConfig:
-  """`sample_config` under a policy, by its name or the file of a calibrated plan; None: its own."""
-  if policy is None:
-    return sample_config
-  if policy.endswith(".json"):
-    return calibration.load_plan(pathlib.Path(policy), config, sample_config)
-  return dataclasses.replace(sample_config, policy=policy)
+  """`sample_config` under `--policy`, or its own policy where that is None; see `with_policy`.
+
+  Raises:
+    ValueError: as `with_policy`, or where the command line names two policies.
+  """
+  if policy is not None and "policy" in asked:
+    raise ValueError("expected one of --policy and --config.sample.policy, found both")
+  fields = [field for field in asked if field != "policy"]
+  return with_policy(policy or sample_config.policy, config, sample_config, fields)
 
 
 def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> None:
@@ -371,13 +388,11 @@ def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> No
   if not path.endswith(".json"):
     raise ValueError(f"--calibrate={path}: expected a file name that ends in .json")
   check_writable(pathlib.Path(path).absolute().parent)
-  if sample_config.policy == "full":
-    sample_config = dataclasses.replace(sample_config, policy="marche")
   labels = choose_labels(None, CALIBRATION_IMAGES, model.config.class_num)
   key = decode_state.run_key(flags.FLAGS.seed)
   dtype = jnp.dtype(flags.FLAGS.dtype)
   chosen, drift = calibration.calibrate(model, sample_config, labels, key, dtype)
-  calibration.save_plan(pathlib.Path(path), model.config, chosen, drift)
+  save_plan(pathlib.Path(path), model.config, chosen, drift)
   refreshes = ", ".join(map(str, chosen.refresh_iterations))
   print(f"full refreshes at iterations {refreshes}: {path}")
 

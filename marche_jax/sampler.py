@@ -23,7 +23,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
@@ -41,22 +40,10 @@ from marche_jax.decode_state import (
 )
 from marche_jax.models.mar import MAR, Params
 from marche_jax.plan import DecodePlan
+from marche_jax.recording import Trace, empty_trace, record
 from marche_jax.shapes import HeadShape, StepShape
 from marche_jax.stack import take
-from marche_jax.transformer import Recomputed, apply_difference, run_decoder, run_encoder
-
-# What a token is to an iteration, in `Trace.activity`.
-UNSEEN, CACHED, REFRESHED, PREVIOUS, NOW = range(5)
-
-
-@flax.struct.dataclass
-class Trace:
-  """What an iteration did, zero where nothing was predicted; each with leading [R] in the end."""
-
-  z: Any  # float32 [H, B, S, D]; H = 1 or 2, the conditional half first
-  sampled: Any  # float32 [B, S, C]
-  activity: Any  # int32 [2, B, N] by rank: what a token was to encoder and decoder (cond. half)
-  scores: Any  # float32 [2, B, N] by rank: what chose the refresh (cond. half); 0: nothing did
+from marche_jax.transformer import apply_difference, run_decoder, run_encoder
 
 
 def sample_tokens(
@@ -86,7 +73,7 @@ def sample_tokens(
   halves, batch = z.shape[:2]
 
   def run(
-    z: jax.Array, predict: jax.Array, table: jax.Array, steps: Any, cached: bool
+    z: jax.Array, predict: jax.Array, process: jax.Array, steps: Any, cached: bool
   ) -> jax.Array:
     channels = weights.input_proj["kernel"].shape[0]
     flat = (predict.size, channels)
@@ -96,21 +83,21 @@ def sample_tokens(
       token_keys = fold(stream, predict).reshape(-1)
 
       def draw(timestep: jax.Array | int) -> jax.Array:
-        one = lambda k: jax.random.normal(jax.random.fold_in(k, timestep), (channels,))  # noqa: E731
+        one = lambda k: jax.random.normal(jax.random.fold_in(k, timestep), (channels,))
         return jax.vmap(one)(token_keys)
 
       initial_noise = draw(NUM_TRAIN_TIMESTEPS)
-      step_noise = lambda i, timestep: draw(timestep)  # noqa: E731
+      step_noise = lambda i, timestep: draw(timestep)
     else:
-      pick = lambda x: jnp.take_along_axis(x, predict[..., None], axis=1).reshape(flat)  # noqa: E731
+      pick = lambda x: jnp.take_along_axis(x, predict[..., None], axis=1).reshape(flat)
       initial_noise = pick(noise.initial)
-      step_noise = lambda i, timestep: pick(noise.steps[i])  # noqa: E731
+      step_noise = lambda i, timestep: pick(noise.steps[i])
     return head_sampler.sample(
       weights,
       z.reshape(halves * predict.size, -1),
       halves,
-      table=table,
-      coefficients=jax.tree.map(lambda x: x[table], tables.coefficients),
+      process=process,
+      coefficients=jax.tree.map(lambda x: x[process], tables.coefficients),
       steps=steps,
       cfg=row.cfg,
       temperature=tables.temperature,
@@ -122,7 +109,7 @@ def sample_tokens(
     ).reshape(*predict.shape, channels)
 
   steps = row.steps if shape.steps is None else shape.steps
-  sampled = run(z, predict, row.table, steps, shape.cached)
+  sampled = run(z, predict, row.process, steps, shape.cached)
   if not shape.detail:
     return sampled
   # Tokens of much detail get more diffusion steps; see `head_sampler.detail_scores`.
@@ -132,7 +119,7 @@ def sample_tokens(
   fine = run(
     jax.vmap(take, (0, None))(z, chosen),
     jnp.take_along_axis(predict, chosen, axis=1),
-    row.detail_table,
+    row.detail_process,
     shape.detail_steps,
     False,
   )
@@ -181,58 +168,8 @@ def _step(
     written = jnp.take_along_axis(inputs.teacher, predict[..., None], axis=1)
   tokens = state.tokens.at[images, places].set(written, mode="drop")
 
-  scatter = lambda to, x: to.at[images, places].set(x, mode="drop")  # noqa: E731
-  seen = (config.buffer_size + row.num_known, config.buffer_size + seq_len)
-  stacks = list(zip((encoded, decoded), seen))
-  trace = Trace(
-    z=jax.vmap(lambda x: scatter(jnp.zeros((batch, seq_len, x.shape[-1])), x))(z),
-    sampled=scatter(jnp.zeros_like(state.tokens), sampled),
-    activity=jnp.stack([_activity(config, row, batch, *stack) for stack in stacks]),
-    scores=jnp.stack([_scores(config, batch, *stack) for stack in stacks]),
-  )
+  trace = record(config, row, batch, (encoded, decoded), places, z, sampled)
   return dataclasses.replace(state, tokens=tokens), trace
-
-
-def _activity(
-  config: ModelConfig, row: Rows, batch: int, which: Recomputed, seen: Any
-) -> jax.Array:
-  """What every token was to a stack, int32 [B, N] by rank."""
-  positions = config.num_positions
-  rank = jnp.arange(positions)
-  shape = (batch, positions)
-  index, active, _ = which
-  if index is None:
-    found = jnp.full(shape, REFRESHED)
-  else:
-    places = jnp.where(active, index[:batch], positions)
-    found = (
-      jnp.full(shape, CACHED).at[jnp.arange(batch)[:, None], places].set(REFRESHED, mode="drop")
-    )
-  now = config.buffer_size + row.num_known
-  recomputed = found == REFRESHED  # a forced token that is not would be a bug, and would show
-  found = jnp.where(recomputed & (rank >= now - row.num_previous) & (rank < now), PREVIOUS, found)
-  found = jnp.where(recomputed & (rank >= now) & (rank < now + row.num_predict), NOW, found)
-  return jnp.where(rank < seen, found, UNSEEN)
-
-
-def _scores(config: ModelConfig, batch: int, recomputed: Recomputed, seen: Any) -> jax.Array:
-  """What chose the refresh in a stack, float32 [B, N] by rank; zero where nothing did."""
-  positions = config.num_positions
-  if recomputed.scores is None:
-    return jnp.zeros((batch, positions))
-  found = recomputed.scores[:batch]
-  found = jnp.pad(found, ((0, 0), (0, positions - found.shape[1])))
-  return jnp.where(jnp.arange(positions) < seen, found, 0.0)
-
-
-def _empty_trace(config: ModelConfig, shapes: tuple[StepShape, ...], batch: int) -> Trace:
-  halves = 2 if shapes[0].guided else 1
-  return Trace(
-    z=jnp.zeros((halves, batch, config.seq_len, config.decoder_embed_dim)),
-    sampled=jnp.zeros((batch, config.seq_len, config.token_dim)),
-    activity=jnp.zeros((2, batch, config.num_positions), jnp.int32),
-    scores=jnp.zeros((2, batch, config.num_positions)),
-  )
 
 
 def decode(
@@ -268,7 +205,7 @@ def decode(
 
   def iterate(state: DecodeState, xs: tuple[Rows, Noise | None]) -> tuple[DecodeState, Any]:
     row, noise = xs
-    carry = (state, _empty_trace(config, shapes, state.tokens.shape[0]) if trace else None)
+    carry = (state, empty_trace(config, shapes[0].guided, state.tokens.shape[0]) if trace else None)
     for number, shape in enumerate(shapes):
 
       def step(_: jax.Array, carry: Any, shape: StepShape = shape) -> Any:

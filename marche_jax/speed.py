@@ -1,8 +1,8 @@
 """How long decoding takes under several policies, measured side by side on one device.
 
 All programs are compiled first. Then the policies take turns, A B C A B C, so that noise of the
-machine hits all alike; only the split into parts is measured afterwards, policy by policy. Weights
-are shared; a policy's caches exist only while it runs.
+machine hits all alike. Only the split into parts, and the whole runs that check an estimate, come
+afterwards, policy by policy. Weights are shared; a policy's caches exist only while it runs.
 """
 
 from __future__ import annotations
@@ -134,6 +134,9 @@ def _estimates(
     return lambda: program.time_rows(sorted(numbers))
 
   timers = {name: timer(program) for name, program in programs.items()}
+  progress("warming up")
+  for program in programs.values():
+    program.warm_up()
   found = {}
   for name, rounds in interleave(timers, options.repeats, progress).items():
     plan = programs[name].plan
@@ -161,7 +164,7 @@ def _check(
   for name, program in programs.items():
     progress(f"whole run of {name}")
     whole = Program(program.plan, program.params, options)
-    whole.call(whole.start(), whole.idle_rows())  # warms up
+    whole.warm_up()
     found[name] = whole.whole_run() / options.batch_size
   return found
 

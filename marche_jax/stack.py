@@ -136,7 +136,7 @@ def attention_scores(
 
 def value_scores(new: jax.Array, old: jax.Array, heads: int) -> jax.Array:
   """How much values [X, M, width] changed: minus their cosine similarity, mean over heads."""
-  split = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], heads, -1)  # noqa: E731
+  split = lambda x: x.astype(jnp.float32).reshape(*x.shape[:2], heads, -1)
   a, b = split(new), split(old)
   norm = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
   return -jnp.mean((a * b).sum(axis=-1) / jnp.maximum(norm, 1e-8), axis=-1)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from marche_jax import decode_state, generation, sampler
-from marche_jax.decode_state import DecodeState, Inputs, Rows
+from marche_jax.decode_state import IDLE, DecodeState, Inputs, Rows
 from marche_jax.models.mar import Params
 from marche_jax.plan import DecodePlan
 
@@ -111,23 +111,34 @@ class Program:
       raise ValueError(f"non-finite latents at iteration {bad[0]} of {len(self.plan.rows)}")
     return seconds
 
+  def warm_up(self) -> None:
+    """Runs one row of every step shape: the first use of memory takes longer than later ones."""
+    first_rows = [few for few, _ in rows_to_time(self.plan).values()]
+    state, start = self.start(), 0
+    for rows in self.rows:
+      chosen = np.isin(np.arange(start, start + len(rows.shape)), first_rows)
+      if chosen.any():
+        _, state, _ = self.call(state, _only(rows, chosen))
+      start += len(rows.shape)
+
   def time_rows(self, numbers: Sequence[int]) -> dict[int, float]:
-    """Seconds of single rows, each in a call of its own; of an idle call under the key -1.
+    """Seconds of an idle call, under `IDLE`, and of rows, each in a call of its own, beyond it.
 
     The state is handed from one to the next: what is in it does not matter for the time.
     """
-    _, state, _ = self.call(self.start(), self.idle_rows())  # warms up
+    idle = _only(self.rows[0], np.zeros(1, bool))
+    _, state, _ = self.call(self.start(), idle)  # takes the fresh state's memory
     found = {}
-    for number in (-1, *numbers):
-      rows = self.idle_rows() if number == -1 else self.rows[number]
-      found[number], state, _ = self.call(state, rows)
+    found[IDLE], state, _ = self.call(state, idle)
+    for number in numbers:
+      seconds, state, _ = self.call(state, self.rows[number])
+      found[number] = seconds - found[IDLE]
     return found
 
-  def idle_rows(self) -> Rows:
-    """Rows that run nothing."""
-    idle = jax.tree.map(np.copy, self.rows[0])
-    idle.shape[:] = -1
-    return idle
+
+def _only(rows: Rows, chosen: np.ndarray) -> Rows:
+  """Rows of which those not chosen run nothing."""
+  return dataclasses.replace(rows, shape=np.where(chosen, rows.shape, IDLE).astype(np.int32))
 
 
 def rows_to_time(plan: DecodePlan) -> dict[int, tuple[int, int]]:
@@ -156,11 +167,10 @@ def estimate_seconds(plan: DecodePlan, measured: dict[int, float]) -> float:
 
   Args:
     plan: of the run.
-    measured: seconds of the rows that `rows_to_time` names, each in a call of its own, and under -1
-      of a call that runs no row: what every call costs is counted once.
+    measured: of `Program.time_rows`, at least for the rows that `rows_to_time` names: what every
+      call costs is counted once.
   """
-  idle = measured[-1]
-  return idle + sum_over_rows(plan, {number: t - idle for number, t in measured.items()})
+  return measured[IDLE] + sum_over_rows(plan, measured)
 
 
 def interleave(

@@ -1,7 +1,7 @@
 """`sample --trace`: pictures of what decoding did, iteration by iteration.
 
 An image depends on (seed, number, label) alone, so the chosen ones are decoded once more, in
-batches of their own, by a program that also returns a `sampler.Trace`; the program that draws a
+batches of their own, by a program that also returns a `recording.Trace`; the program that draws a
 run's images does not know of it. Every iteration has a picture: the image as it fills in and, for
 decoder and encoder, two maps of the token grid, with the buffer tokens in columns at its left:
   - what happened to each token: generated now, just generated, refreshed, cached, still masked;
@@ -23,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from marche_jax import decode_state, frames, generation, sampler
+from marche_jax.activity import REFRESHED, UNSEEN, Activity
 from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
 from marche_jax.decode_state import Inputs
@@ -30,7 +31,7 @@ from marche_jax.images import atomic_write
 from marche_jax.models.mar import Params, inference_params, unpatchify
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
-from marche_jax.sampler import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.recording import Trace
 from marche_jax.shapes import StackShape
 
 PICTURES = 12
@@ -45,13 +46,6 @@ SIDE = 448
 FRAME_MS, LAST_FRAME_MS = 170, 3000
 
 STACKS = ("encoder", "decoder")
-NAMES = {
-  NOW: "now",
-  PREVIOUS: "previous",
-  REFRESHED: "refreshed",
-  CACHED: "cached",
-  UNSEEN: "unseen",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +56,7 @@ class Recording:
   label: int
   place: np.ndarray  # int [S]: where in the grid, in raster order, the token of a rank is
   tokens: np.ndarray  # float32 [R, S, C] after each iteration, zero where unknown
-  activity: np.ndarray  # int32 [R, 2, N]: codes of `sampler.Trace`, of encoder and decoder
+  activity: np.ndarray  # int32 [R, 2, N]: codes of `recording.Trace`, of encoder and decoder
   scores: np.ndarray  # float32 [R, 2, N]
 
 
@@ -128,7 +122,7 @@ def record(
   state = generation.Decoder(plan, dtype=dtype).start(keys)
   place = np.asarray(state.order)[:, ::-1]
   rows, tables = decode_state.plan_rows(plan)
-  parts: list[sampler.Trace] = []
+  parts: list[Trace] = []
   done = 0
   for end, chunk in decode_state.chunks(rows, min(CHUNK, len(plan.rows))):
     state, finite, trace = sampler.jitted_decode(
@@ -165,7 +159,9 @@ def counts(plan: DecodePlan, recording: Recording, k: int) -> dict[str, Any]:
     "masked": plan.config.seq_len - row.num_known - row.num_predict,
   }
   for stack, activity in zip(STACKS, recording.activity[k]):
-    result[stack] = {word: int((activity == code).sum()) for code, word in NAMES.items()}
+    result[stack] = {
+      code.name.lower(): int((activity == code).sum()) for code in reversed(Activity)
+    }
   return result
 
 

@@ -56,7 +56,7 @@ def run_encoder(
   positions = state.order[:, ::-1]
   valid = jnp.arange(slots) < row.num_known
   known = jnp.take_along_axis(state.tokens, positions[:, :slots, None], axis=1)
-  repeat = lambda x: jnp.tile(x, (sequences // batch,) + (1,) * (x.ndim - 1))  # noqa: E731
+  repeat = lambda x: jnp.tile(x, (sequences // batch,) + (1,) * (x.ndim - 1))
 
   x = apply(repeat(known), repeat(positions[:, :slots]), embedding, method="encoder_input")
   first = buffer + row.num_known - row.num_previous

@@ -19,8 +19,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import calibration, checkpoint, sample, sampler
+from marche_jax import calibration, checkpoint, generation, plan_file, sample, sampler
 from marche_jax.checkpoint import Model
+from marche_jax.entries import parse_entries
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
 
@@ -151,22 +152,37 @@ def test_a_plan_without_caches(model: Model, fields: dict[str, int]) -> None:
     calibration.calibrate(model, given, [0], jax.random.key(0))
 
 
+def test_weights_that_are_not_finite(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+  quick = golden.quick_jit(sampler.decode, static_argnames=sampler.STATIC)
+  monkeypatch.setattr(sampler, "jitted_decode", quick)
+  params = {**model.params, "mask_token": model.params["mask_token"] * np.nan}
+  broken = dataclasses.replace(model, params=params)
+  with pytest.raises(generation.NonFiniteLatentsError, match="non-finite latents at iteration 0"):
+    calibration.calibrate(broken, MARCHE, [0], jax.random.key(0))
+
+
 # --- the file
+
+
+PLANNED: dict[str, Any] = {
+  "policy": "marche+disa", "refresh_iterations": (0, 3, 5), "active_size": 12,
+  "encoder_active_size": 9, "select_layer": 1, "selection": "carried", "condition_cache": True,
+}  # fmt: skip
 
 
 @pytest.fixture
 def saved(tmp_path: pathlib.Path) -> pathlib.Path:
   path = tmp_path / "plan.json"
-  chosen = dataclasses.replace(MARCHE, policy="marche+disa", refresh_iterations=(0, 3, 5))
-  calibration.save_plan(path, tiny.MODEL, chosen, np.arange(64.0).reshape(8, 8))
+  chosen = dataclasses.replace(MARCHE, **PLANNED, refresh_interval=2)
+  plan_file.save_plan(path, tiny.MODEL, chosen, np.arange(64.0).reshape(8, 8))
   return path
 
 
 def test_plan_file(saved: pathlib.Path) -> None:
   given = dataclasses.replace(tiny.SAMPLE, num_iter=8, cfg=1.5)
-  loaded = calibration.load_plan(saved, tiny.MODEL, given)
-  expected = {"policy": "marche+disa", "refresh_iterations": (0, 3, 5)}
-  assert loaded == dataclasses.replace(given, **expected)
+  loaded = plan_file.load_plan(saved, tiny.MODEL, given)
+  assert loaded == dataclasses.replace(given, **PLANNED)
+  assert PLANNED.keys() == set(plan_file.FIELDS)
   # drift[r, k] = 8 r + k
   assert json.loads(saved.read_text())["drift"] == [0, 1, 2, 27, 28, 45, 46, 47]
 
@@ -180,6 +196,13 @@ def test_plan_file(saved: pathlib.Path) -> None:
     ({"policy": None}, "missing field policy"),
     ({"refresh_iterations": None}, "missing field refresh_iterations"),
     ({"refresh_iterations": [0, "3"]}, "refresh_iterations"),
+    ({"refresh_iterations": [True]}, "refresh_iterations"),
+    ({"refresh_iterations": []}, "expected iterations from 0 to 7"),
+    ({"refresh_iterations": [0, 8]}, r"\[0, 8\]: expected iterations from 0 to 7"),
+    ({"policy": "disa"}, "policy='disa': expected marche in it"),
+    ({"policy": "marche+fast"}, "unknown policy 'fast'"),
+    ({"active_size": -1}, "active_size"),
+    ({"cfg": 2.0}, "unknown field cfg"),
   ],
 )
 def test_wrong_plan_files(saved: pathlib.Path, changes: dict[str, Any], message: str) -> None:
@@ -187,7 +210,7 @@ def test_wrong_plan_files(saved: pathlib.Path, changes: dict[str, Any], message:
   content = {**json.loads(saved.read_text()), **changes}
   saved.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
   with pytest.raises(ValueError, match=message) as caught:
-    calibration.load_plan(saved, tiny.MODEL, MARCHE)
+    plan_file.load_plan(saved, tiny.MODEL, MARCHE)
   assert str(caught.value).startswith(f"{saved}: ")
 
 
@@ -195,7 +218,7 @@ def test_wrong_plan_files(saved: pathlib.Path, changes: dict[str, Any], message:
 def test_files_that_are_no_plans(tmp_path: pathlib.Path, content: bytes) -> None:
   (tmp_path / "plan.json").write_bytes(content)
   with pytest.raises(ValueError, match=r"plan\.json: expected a plan file of --calibrate"):
-    calibration.load_plan(tmp_path / "plan.json", tiny.MODEL, MARCHE)
+    plan_file.load_plan(tmp_path / "plan.json", tiny.MODEL, MARCHE)
 
 
 def test_bad_flags(model: Model, tmp_path: pathlib.Path) -> None:
@@ -206,7 +229,22 @@ def test_bad_flags(model: Model, tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").touch()
     sample.write_calibrated(str(tmp_path / "file" / "plan.json"), model, MARCHE)
   with pytest.raises(FileNotFoundError, match=r"absent\.json"):
-    sample.with_policy(str(tmp_path / "absent.json"), tiny.MODEL, MARCHE)
+    sample.under_policy(str(tmp_path / "absent.json"), tiny.MODEL, MARCHE, [])
+
+
+def test_a_plan_file_decides(saved: pathlib.Path) -> None:
+  """Of what it says, the command line may say nothing else; entries of comparisons may be one."""
+  expected = dataclasses.replace(MARCHE, **PLANNED)
+  assert sample.under_policy(str(saved), tiny.MODEL, MARCHE, ["cfg", "num_iter"]) == expected
+  named = dataclasses.replace(MARCHE, policy=str(saved))  # --config.sample.policy=FILE
+  assert sample.under_policy(None, tiny.MODEL, named, ["policy"]) == expected
+  for field in ("active_size", "refresh_interval", "num_sampling_steps", "head_cache"):
+    with pytest.raises(ValueError, match=rf"sample\.{field} is"):
+      sample.under_policy(str(saved), tiny.MODEL, MARCHE, [field])
+  with pytest.raises(ValueError, match=r"expected one of --policy and --config\.sample\.policy"):
+    sample.under_policy("full", tiny.MODEL, MARCHE, ["policy"])
+  (entry,) = parse_entries([f"{saved}:cfg=1.5"], tiny.MODEL, MARCHE)
+  assert entry.sample == dataclasses.replace(expected, cfg=1.5)
 
 
 def test_command(model: Model, tmp_path: pathlib.Path) -> None:
@@ -223,7 +261,7 @@ def test_command(model: Model, tmp_path: pathlib.Path) -> None:
   refreshes = json.loads(path.read_text())["refresh_iterations"]
   assert f"full refreshes at iterations {', '.join(map(str, refreshes))}: {path}" in done.stdout
   assert not (tmp_path / "out").exists()
-  used = sample.with_policy(str(path), tiny.MODEL, tiny.SAMPLE)
+  used = sample.under_policy(str(path), tiny.MODEL, tiny.SAMPLE, [])
   assert used == dataclasses.replace(
     tiny.SAMPLE, policy="marche", refresh_iterations=tuple(refreshes)
   )

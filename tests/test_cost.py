@@ -61,7 +61,7 @@ class Execution:
   def run(self, jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
     """Values of the outputs, UNKNOWN where they are not integers or depend on others."""
     values: dict[core.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args]))
-    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
+    read = lambda v: v.val if isinstance(v, core.Literal) else values[v]
     for eqn in jaxpr.eqns:
       out = self._equation(eqn, [read(v) for v in eqn.invars])
       values.update(zip(eqn.outvars, out))

@@ -9,7 +9,7 @@ import tiny
 
 from marche_jax.config import SampleConfig
 from marche_jax.entries import ALL, FIELDS, all_entries, baseline, parse_entries, parse_value
-from marche_jax.policies import POLICIES, make_plan, unread_fields
+from marche_jax.policies import POLICIES, check_fields, make_plan
 
 
 def test_an_entry_changes_what_it_names_and_nothing_else() -> None:
@@ -62,6 +62,14 @@ def test_values_are_of_the_fields_types() -> None:
     (["marche:selection=best"], "sample.selection='best': expected one of"),
     (["lazymar+disa:active_size=9"], "active_size is a field of marche, which lazymar+disa does"),
     (["marche:head_cache=true"], "head_cache is a field of lazymar, which marche does not read"),
+    (
+      ["gtr+disa:detail_tokens=false"],
+      "detail_tokens is not read by gtr+disa: disa brings its own",
+    ),
+    (
+      ["marche:refresh_interval=2:refresh_iterations=0"],
+      "refresh_interval and sample.refresh_iterations contradict each other",
+    ),
     (["full:num_iter=17"], "--policies, 'full:num_iter=17': sample.num_iter=17: expected 1 to 16"),
   ],
 )
@@ -88,6 +96,30 @@ def test_every_field_of_a_policy_can_be_changed_with_it() -> None:
   owned = {field: name for name, policy in POLICIES.items() for field in policy.fields}
   assert owned.keys() <= FIELDS.keys()
   for field, owner in owned.items():
-    assert unread_fields(owner, [field, "cfg"]) == {}
-    assert unread_fields(f"disa+{owner}", [field]) == {}
-    assert unread_fields("full", [field, "cfg"]) == {field: owner}
+    check_fields(owner, [field, "cfg"])
+    with pytest.raises(ValueError, match=f"sample.{field} is a field of {owner}, which full does"):
+      check_fields("full", ["cfg", field])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_a_policy_overrides_it_does_not_read(policy: str) -> None:
+  """And only that: every other field of decoding that is not some policy's changes its plan."""
+  changed = {
+    "num_iter": 9, "cfg": 1.5, "cfg_schedule": "constant", "temperature": 0.5,
+    "num_sampling_steps": 7, "max_timestep": 400, "solver": "dpm++",
+  }  # fmt: skip
+  given = dataclasses.replace(tiny.SAMPLE, policy=policy, num_iter=8, cfg=3.0, num_sampling_steps=9)
+
+  def content(sample: SampleConfig) -> tuple:
+    plan = make_plan(tiny.MODEL, sample)
+    timesteps = [process.timesteps.tolist() for process in plan.processes]
+    return plan.shapes, plan.rows, plan.temperature, timesteps
+
+  for field, value in changed.items():
+    same = content(dataclasses.replace(given, **{field: value})) == content(given)
+    assert same == (field in POLICIES[policy].overrides), field
+    if same:
+      with pytest.raises(ValueError, match=f"{field} is not read by {policy}: {policy} brings"):
+        check_fields(policy, [field])
+    else:
+      check_fields(policy, [field])

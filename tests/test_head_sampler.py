@@ -56,7 +56,7 @@ def sample(config: ModelConfig, params: dict, z: np.ndarray, halves: int, **kwar
     timesteps = COEFFICIENTS.timestep[None]
     return head_sampler.sample(
       head_sampler.prepare(params, config, timesteps, jnp.float32), z, halves,
-      table=jnp.int32(0), coefficients=COEFFICIENTS, steps=STEPS, cfg=jnp.float32(2),
+      process=jnp.int32(0), coefficients=COEFFICIENTS, steps=STEPS, cfg=jnp.float32(2),
       temperature=jnp.float32(0.8), initial_noise=NOISE[0],
       step_noise=lambda i, t: jnp.asarray(NOISE)[1 + i], **kwargs,
     )  # fmt: skip
@@ -119,8 +119,8 @@ def test_the_cached_head_written_out():
   assert {True, False} == {steps.recomputed[i] for i in range(STEPS) if i not in steps.starts}
   weights = head_sampler.prepare(params, config, COEFFICIENTS.timestep[None], jnp.float32)
   weights = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
-  dense = lambda w, x: x @ w["kernel"] + w["bias"]  # noqa: E731
-  silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
+  dense = lambda w, x: x @ w["kernel"] + w["bias"]
+  silu = lambda x: x / (1 + np.exp(-x))
 
   def norm(x):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
@@ -279,9 +279,11 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
     return np.asarray(tokens(params, z))
 
   coarse = run(HeadShape(places, 3))
-  fine = run(HeadShape(places, 5), table=np.int32(1))
+  fine = run(HeadShape(places, 5), process=np.int32(1))
   mixed = run(
-    HeadShape(places, 3, detail=3, detail_steps=5), num_detail=np.int32(2), detail_table=np.int32(1)
+    HeadShape(places, 3, detail=3, detail_steps=5),
+    num_detail=np.int32(2),
+    detail_process=np.int32(1),
   )
   scores = np.asarray(head_sampler.detail_scores(z[0]))[:, :valid]
   chosen = np.zeros((2, places), bool)

@@ -143,7 +143,7 @@ def test_steps_taken_together_change_nothing(params, monkeypatch, modulation_row
     timesteps = coefficients.timestep[None]
     weights = head_sampler.prepare(params["head"], SMALL, timesteps, jnp.float32)
     return head_sampler.sample(
-      weights, z, 2, table=jnp.int32(0), coefficients=coefficients, steps=steps,
+      weights, z, 2, process=jnp.int32(0), coefficients=coefficients, steps=steps,
       cfg=jnp.float32(2), temperature=jnp.float32(1), initial_noise=noise[:2],
       step_noise=lambda i, t: jnp.sin(i + noise[2:] * t),
     )  # fmt: skip

@@ -14,12 +14,12 @@ from golden import error, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
 from marche_jax import decode_state, generation, grouping, sampler
+from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.decode_state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
-from marche_jax.sampler import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the standard deviation: whole runs,
 Z_TOLERANCE = 1e-4  # and z of an iteration whose known tokens are the recorded ones
@@ -132,15 +132,15 @@ def test_all_active_replays_the_recorded_run(name, fields):
 
 
 @functools.partial(quick_jit, static_argnums=(0, 6))
-def fresh_keys_and_values(config, params, tokens, positions, labels, dropped, num_known):
-  """K and V of both stacks by the modules, the decoder's in raster order: each [L, B, n, width]."""
+def fresh_projections(config, params, tokens, positions, labels, dropped, num_known):
+  """Q, K, V of both stacks by the modules, the decoder's in raster order: each [L, B, n, width]."""
   apply = functools.partial(mar.MAR(config).apply, {"params": params})
 
   def run(stack, x):
     block, kept = mar.make_block(config, stack), []
     for layer in range(getattr(config, f"{stack}_depth")):
       one = {"params": jax.tree.map(lambda p, i=layer: p[i], params[f"{stack}_blocks"])}
-      kept.append(block.apply(one, x, method="qkv")[1:])
+      kept.append(block.apply(one, x, method="qkv"))
       x, _ = block.apply(one, x, None, True)
     return x, [jnp.stack(part) for part in zip(*kept)]
 
@@ -154,46 +154,86 @@ def fresh_keys_and_values(config, params, tokens, positions, labels, dropped, nu
   return encoder, run("decoder", x)[1]
 
 
-def test_a_full_refresh_leaves_what_a_fresh_pass_computes():
-  """Keys and values by rank, after iterations that recomputed some of them only."""
-  config, params = golden.model("mar_patch2")
-  sample, g = golden.sampling_run("mar_patch2/sample_cfg_linear.npz")
-  found = small_plan(config, dataclasses.replace(sample, policy="marche", active_size=8))
-  rows, tables = decode_state.plan_rows(found)
-  full, batch = 3, len(g["labels"])
-  shape = found.shapes[found.rows[full].shape]
-  assert shape.decoder.active is None and found.rows[full - 1].decoder_active == 8
-  tokens = jnp.zeros((batch, config.seq_len, config.token_dim))
-  state = decode_state.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
-  inputs = Inputs(
-    g["labels"], decode_state.image_keys(KEY, np.arange(batch)), teacher=g["sampled"].sum(axis=0)
-  )
-  run = functools.partial(decode, config=config, shapes=found.shapes)
-  before, _, _ = run(params, state, jax.tree.map(lambda x: x[:full], rows), tables, inputs)
-  one = jax.tree.map(lambda x: np.pad(x[full : full + 1], (0, full - 1)), rows)
-  one.shape[1:] = -1  # runs nothing: the same program
-  after, _, _ = run(params, before, one, tables, inputs)
+class FullRefresh:
+  """States around a full iteration after selective ones, tokens forced, and a fresh pass beside it.
 
-  positions = np.asarray(g["orders"])[:, ::-1]
-  num_known = found.rows[full].num_known
-  buffer, of_image = config.buffer_size, config.buffer_size + positions
-  by_rank = np.concatenate([np.tile(np.arange(buffer), (batch, 1)), of_image], axis=1)
-  stale = 0.0
-  for half, dropped in enumerate((False, True)):
-    encoder, decoder = fresh_keys_and_values(
-      config, params, before.tokens, positions, g["labels"], np.full(batch, dropped), num_known
-    )
-    decoder = [np.take_along_axis(np.asarray(x), by_rank[None, ..., None], axis=2) for x in decoder]
-    sequences = slice(half * batch, (half + 1) * batch)
-    for kept, old, new in (
-      (after.encoder, before.encoder, [np.asarray(x) for x in encoder]),
-      (after.decoder, before.decoder, decoder),
+  All by rank.
+  """
+
+  NUMBER = 3
+
+  def __init__(self, **fields) -> None:
+    self.config, self.params = golden.model("mar_patch2")
+    sample, g = golden.sampling_run("mar_patch2/sample_cfg_linear.npz")
+    marche = dataclasses.replace(sample, policy="marche", active_size=8, **fields)
+    found = small_plan(self.config, marche)
+    self.row = found.rows[self.NUMBER]
+    assert found.shapes[self.row.shape].decoder.active is None
+    assert found.rows[self.NUMBER - 1].decoder_active == 8
+    rows, tables = decode_state.plan_rows(found)
+    self.labels, self.batch = g["labels"], len(g["labels"])
+    tokens = jnp.zeros((self.batch, self.config.seq_len, self.config.token_dim))
+    state = decode_state.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
+    keys = decode_state.image_keys(KEY, np.arange(self.batch))
+    inputs = Inputs(self.labels, keys, teacher=g["sampled"].sum(axis=0))
+    run = functools.partial(decode, config=self.config, shapes=found.shapes)
+    first = jax.tree.map(lambda x: x[: self.NUMBER], rows)
+    self.before, _, _ = run(self.params, state, first, tables, inputs)
+    pad = (0, self.NUMBER - 1)
+    one = jax.tree.map(lambda x: np.pad(x[self.NUMBER : self.NUMBER + 1], pad), rows)
+    one.shape[1:] = decode_state.IDLE  # the same program
+    self.after, _, _ = run(self.params, self.before, one, tables, inputs)
+    self.positions = np.asarray(g["orders"])[:, ::-1]
+
+  def fresh(self, half: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Q, K, V of encoder and decoder, each [L, B, n, width]."""
+    encoder, decoder = fresh_projections(
+      self.config, self.params, self.before.tokens, self.positions, self.labels,
+      np.full(self.batch, half == 1), self.row.num_known,
+    )  # fmt: skip
+    buffer = np.tile(np.arange(self.config.buffer_size), (self.batch, 1))
+    by_rank = np.concatenate([buffer, self.config.buffer_size + self.positions], axis=1)
+    take = lambda x: np.take_along_axis(np.asarray(x), by_rank[None, ..., None], axis=2)
+    return [np.asarray(x) for x in encoder], [take(x) for x in decoder]
+
+  def sequences(self, half: int) -> slice:
+    return slice(half * self.batch, (half + 1) * self.batch)
+
+
+def test_a_full_refresh_leaves_what_a_fresh_pass_computes():
+  """Keys and values, after iterations that recomputed some of them only."""
+  refresh, stale = FullRefresh(), 0.0
+  for half in (0, 1):
+    sequences = refresh.sequences(half)
+    for kept, old, (_, *new) in zip(
+      (refresh.after.encoder, refresh.after.decoder),
+      (refresh.before.encoder, refresh.before.decoder),
+      refresh.fresh(half),
     ):
       for ours, previous, expected in zip(jax.tree.leaves(kept), jax.tree.leaves(old), new):
         seen = expected.shape[2]
         assert error(np.asarray(ours)[:, sequences, :seen], expected) <= 1e-5
         stale = max(stale, error(np.asarray(previous)[:, sequences, :seen], expected))
   assert stale > 0.1  # before it they were others
+
+
+def test_carried_scores_are_the_attention_of_new_tokens():
+  """In the decoder of those generated now, in the encoder of those generated before."""
+  refresh = FullRefresh(selection="carried", select_layer=1)
+  config, row = refresh.config, refresh.row
+  now = config.buffer_size + row.num_known
+  assert row.num_previous and row.num_predict and row.num_previous != row.num_predict
+  paid_by = slice(now - row.num_previous, now), slice(now, now + row.num_predict)
+  for half in (0, 1):
+    for scores, queries, heads, (q, k, _) in zip(
+      refresh.after.scores,
+      paid_by,
+      (config.encoder_num_heads, config.decoder_num_heads),
+      refresh.fresh(half),
+    ):
+      weights = mar.attention_weights(q[0][:, queries], k[0], heads, None)
+      expected = np.asarray(weights).mean(axis=1).sum(axis=1)
+      assert error(scores[refresh.sequences(half), : k.shape[2]], expected) <= 1e-5
 
 
 # ---- every policy

@@ -13,12 +13,16 @@ from PIL import Image
 
 from marche_jax import plots, profiling, speed, tables
 from marche_jax.benchmark import random_params
+from marche_jax.decode_state import IDLE
 from marche_jax.entries import Entry, parse_entries
 from marche_jax.timing import Options
 
 NAMES = ["marche", "full", "gtr:num_iter=2"]
 SECONDS = {"full": [8.0, 9.0, 10.0], "marche": [4.0, 3.0, 5.0], "gtr:num_iter=2": [2.0, 2.0, 2.0]}
 """Of a batch of two images."""
+
+IDLE_SECONDS = [1.0, 0.5]
+"""Of the second round of an estimate, and of its first."""
 
 PARTS = {"encoder": 1.0, "decoder": 2.0, "head": 0.5}
 PEAK = 1e9
@@ -40,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, entries: list[Entry]) -> list[str]:
 
     def __init__(self, plan: Any, params: Any, options: Options, one_row: bool = False) -> None:
       self.plan, self.params, self.options = plan, params, options
-      self.name = name_of[id(plan)]
+      self.name, self.one_row, self.idle = name_of[id(plan)], one_row, list(IDLE_SECONDS)
       called.append(f"compile {self.name}" + (", one row" if one_row else ""))
       self.seconds = [99.0, *SECONDS[self.name]]  # the first warms up
 
@@ -50,12 +54,12 @@ def calls(monkeypatch: pytest.MonkeyPatch, entries: list[Entry]) -> list[str]:
 
     def time_rows(self, numbers: list[int]) -> dict[int, float]:
       called.append(self.name)
-      return dict.fromkeys(numbers, self.seconds.pop()) | {-1: 0.0}
+      return dict.fromkeys(numbers, self.seconds.pop()) | {IDLE: self.idle.pop()}
 
-    def start(self) -> None: ...
-    def idle_rows(self) -> None: ...
-    def call(self, state: None, rows: None) -> None:
-      self.seconds = [20.0]
+    def warm_up(self) -> None:
+      called.append(f"warm up {self.name}")
+      if not self.one_row:  # of a check
+        self.seconds = [20.0]
 
     def memory(self) -> dict[str, int]:
       return dict.fromkeys(("arguments", "outputs", "aliased", "temporary", "peak"), 2**20)
@@ -117,20 +121,26 @@ def test_report(calls: list[str], entries: list[Entry], tmp_path: pathlib.Path) 
 
 
 def test_estimate(calls: list[str], entries: list[Entry], tmp_path: pathlib.Path) -> None:
-  """Every row takes as long as the fake says, so a run takes rows times that."""
+  """Every row takes as long as the fake says, so a run takes rows times that, and an idle call."""
   report = compare(entries, estimate=True, check=True, repeats=2, split=False)
   compiled = [f"compile {name}" for name in NAMES]
-  assert calls[:9] == [*(f"{line}, one row" for line in compiled), *(2 * NAMES)]
-  assert calls[9:] == [line for name in NAMES for line in (f"compile {name}", name)]
+  warm = [f"warm up {name}" for name in NAMES]
+  assert calls[:12] == [*(f"{line}, one row" for line in compiled), *warm, *(2 * NAMES)]
+  assert calls[12:] == [
+    line for name in NAMES for line in (f"compile {name}", f"warm up {name}", name)
+  ]
   for entry in entries:
     policy, rows = report["policies"][entry.name], len(entry.plan.rows)
-    timed = [rows * seconds / 2 for seconds in SECONDS[entry.name][:0:-1]]
+    of_rows = [rows * seconds / 2 for seconds in SECONDS[entry.name][:0:-1]]
+    timed = [(idle / 2 + seconds) for idle, seconds in zip(IDLE_SECONDS[::-1], of_rows)]
     assert policy["runs"] == pytest.approx(timed)
+    least = min(IDLE_SECONDS) / 2 + min(of_rows)
+    most = max(IDLE_SECONDS) / 2 + max(of_rows)
     assert policy["seconds_per_image"] == pytest.approx(
-      {"typical": min(timed), "min": min(timed), "max": max(timed)}
+      {"typical": least, "min": least, "max": most}
     )
     assert policy["whole_run_seconds"] == 10
-    assert policy["estimate_over_whole_run"] == pytest.approx(min(timed) / 10)
+    assert policy["estimate_over_whole_run"] == pytest.approx(least / 10)
     assert policy["split_seconds"] is None and policy["transformer_speedup"] is None
   assert "estimated from single rows" in tables.speed_table(report)
   assert "estimate / whole" in tables.speed_table(report)

@@ -13,6 +13,7 @@ import tiny
 
 from marche_jax import timing
 from marche_jax.benchmark import random_params
+from marche_jax.decode_state import IDLE
 from marche_jax.entries import parse_entries
 from marche_jax.policies import make_plan
 from marche_jax.timing import Options, Program
@@ -40,7 +41,7 @@ def test_an_estimate_is_exact_where_time_is_linear_in_diffusion_steps(policy: st
 
   timed = timing.rows_to_time(plan)
   numbers = {number for pair in timed.values() for number in pair}
-  measured = {-1: 5.0} | {number: 5.0 + row_seconds(number) for number in numbers}
+  measured = {IDLE: 5.0} | {number: row_seconds(number) for number in numbers}
   expected = 5.0 + sum(row_seconds(k) for k in range(len(plan.rows)))
   assert timing.estimate_seconds(plan, measured) == pytest.approx(expected)
 
@@ -77,7 +78,8 @@ def test_rows_run_one_at_a_time(params: dict, monkeypatch: pytest.MonkeyPatch) -
   assert len(program.rows) == len(entry.plan.rows) and program.compile_seconds > 0
   state = program.start()
   tokens, cached = np.asarray(state.tokens), np.asarray(state.decoder.k)
-  _, state, finite = program.call(state, program.idle_rows())  # takes the state's memory
+  idle = dataclasses.replace(program.rows[0], shape=np.full(1, IDLE, np.int32))
+  _, state, finite = program.call(state, idle)  # takes the state's memory
   np.testing.assert_array_equal(state.tokens, tokens)
   np.testing.assert_array_equal(state.decoder.k, cached)
   assert finite.shape == (1, 2) and finite.all()
@@ -88,14 +90,39 @@ def test_rows_run_one_at_a_time(params: dict, monkeypatch: pytest.MonkeyPatch) -
     program, "call", lambda state, rows: called.append(int(rows.shape[0])) or call(state, rows)
   )
   found = program.time_rows([0, 1])
-  assert list(found) == [-1, 0, 1] and min(found.values()) > 0
-  assert called == [-1, -1, entry.plan.rows[0].shape, entry.plan.rows[1].shape]
+  assert list(found) == [IDLE, 0, 1] and min(found.values()) > 0
+  assert called == [IDLE, IDLE, entry.plan.rows[0].shape, entry.plan.rows[1].shape]
 
   memory = program.memory()
   total = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
   assert memory["peak"] == total > 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
   assert memory["aliased"] > 2 * entry.plan.cache_bytes_per_image  # the state is donated
   assert json.loads(json.dumps(memory)) == memory
+
+
+def test_what_a_call_costs_is_taken_from_its_own_round(
+  params: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  (entry,) = parse_entries(["marche:num_iter=2"], tiny.MODEL, tiny.SAMPLE)
+  program = Program(entry.plan, params, Options(batch_size=2), one_row=True)
+  seconds = iter([9.0, 0.25, 1.25, 2.25])  # takes the memory, idle, two rows
+  monkeypatch.setattr(program, "call", lambda state, rows: (next(seconds), state, None))
+  assert program.time_rows([0, 1]) == {IDLE: 0.25, 0: 1.0, 1: 2.0}
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_every_step_shape_warms_up(
+  params: dict, monkeypatch: pytest.MonkeyPatch, one_row: bool
+) -> None:
+  (entry,) = parse_entries(["marche:num_iter=4"], tiny.MODEL, tiny.SAMPLE)
+  program = Program(entry.plan, params, Options(batch_size=2), one_row=one_row)
+  ran: list[int] = []
+  call = program.call
+  monkeypatch.setattr(
+    program, "call", lambda state, rows: ran.extend(rows.shape.tolist()) or call(state, rows)
+  )
+  program.warm_up()
+  assert sorted(shape for shape in ran if shape != IDLE) == list(range(len(entry.plan.shapes)))
 
 
 def test_latents_that_are_not_finite(params: dict) -> None:

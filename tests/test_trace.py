@@ -17,10 +17,10 @@ import tiny
 from PIL import Image
 
 from marche_jax import checkpoint, frames, sample, trace
+from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.checkpoint import Model
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
-from marche_jax.sampler import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.shapes import StackShape
 
 PAPER = (255, 255, 255)
@@ -54,7 +54,7 @@ def test_status_colours_are_distinct_and_at_their_cells() -> None:
   cell = 20
   drawn = frames.token_map(colours, cells, masked, np.zeros(6, bool), cell)
   assert drawn.shape == (2 * cell, (1 + 1 + 2) * cell, 3)
-  of = lambda row, column: drawn[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]  # noqa: E731
+  of = lambda row, column: drawn[row * cell : (row + 1) * cell, column * cell : (column + 1) * cell]
   expected = {
     (0, 0): frames.COLOURS[REFRESHED], (1, 0): frames.COLOURS[CACHED], (0, 1): PAPER,
     (0, 2): frames.COLOURS[NOW], (0, 3): frames.COLOURS[REFRESHED], (1, 2): frames.MASKED,

@@ -25,11 +25,12 @@ from marche_jax.policies.turbo import turbo
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A function that edits a draft, the aspects that it decides on, the fields it alone reads."""
+  """A function that edits a draft, and what it has to do with fields of `SampleConfig`."""
 
   apply: Callable[[Draft], None]
-  aspects: frozenset[str]
-  fields: frozenset[str] = frozenset()
+  aspects: frozenset[str]  # that it decides on
+  fields: frozenset[str] = frozenset()  # that it alone reads
+  overrides: frozenset[str] = frozenset()  # that it does not read, because it brings its own
 
 
 def full(draft: Draft) -> None:
@@ -39,9 +40,15 @@ def full(draft: Draft) -> None:
 # In the order in which they are applied: first what changes the iterations themselves.
 POLICIES: dict[str, Policy] = {
   "full": Policy(full, frozenset()),
-  "gtr": Policy(gtr, frozenset({"order"}), frozenset({"detail_tokens"})),
-  "turbo": Policy(turbo, frozenset({"order", "steps"})),
-  "disa": Policy(disa, frozenset({"steps"})),
+  "gtr": Policy(
+    gtr, frozenset({"order"}), frozenset({"detail_tokens"}), frozenset({"num_sampling_steps"})
+  ),
+  "turbo": Policy(
+    turbo, frozenset({"order", "steps"}), overrides=frozenset({"num_sampling_steps", "solver"})
+  ),
+  "disa": Policy(
+    disa, frozenset({"steps"}), overrides=frozenset({"num_sampling_steps", "detail_tokens"})
+  ),
   "recap": Policy(recap, frozenset({"cache"}), frozenset({"recap_raster"})),
   "lazymar": Policy(lazymar, frozenset({"cache"}), frozenset({"head_cache"})),
   "marche": Policy(
@@ -57,11 +64,23 @@ POLICIES: dict[str, Policy] = {
 }  # fmt: skip
 
 
-def unread_fields(policy: str, fields: Iterable[str]) -> dict[str, str]:
-  """Owners of those fields of `SampleConfig` that only policies which are not in `policy` read."""
-  names = policy.split("+")
-  owners = {field: name for name, p in POLICIES.items() for field in p.fields}
-  return {f: owners[f] for f in fields if f in owners and owners[f] not in names}
+def check_fields(policy: str, fields: Iterable[str]) -> None:
+  """Checks fields of `SampleConfig` that somebody asked for: none may go unread.
+
+  Raises:
+    ValueError: for a field that only other policies read, one that a policy overrides, or two that
+      contradict each other; or for a wrong policy, as `parse_policy`.
+  """
+  names, fields = parse_policy(policy), list(fields)
+  for field in fields:
+    owners = [name for name, p in POLICIES.items() if field in p.fields]
+    if owners and not set(owners) & set(names):
+      raise ValueError(f"sample.{field} is a field of {owners[0]}, which {policy} does not read")
+    for name in names:
+      if field in POLICIES[name].overrides:
+        raise ValueError(f"sample.{field} is not read by {policy}: {name} brings its own")
+  if {"refresh_interval", "refresh_iterations"} <= set(fields):
+    raise ValueError("sample.refresh_interval and sample.refresh_iterations contradict each other")
 
 
 def parse_policy(policy: str) -> list[str]:

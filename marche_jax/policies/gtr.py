@@ -7,8 +7,8 @@ import numpy as np
 from marche_jax.config import ModelConfig
 from marche_jax.draft import Draft, make_steps
 
-STAGES = ((0.25, 24), (0.25, 6), (0.5, 2))
-"""Share of the tokens, and iterations where `full` takes 64: 2.67, 10.67 and 64 tokens each."""
+STAGE_ITERATIONS = (24, 6, 2)
+"""Of the three stages, where `full` takes 64: with 256 tokens 2.67, 10.67 and 64 in each."""
 
 FIRST, LAST, DETAIL = 50, 20, 50
 """Diffusion steps: falling from FIRST to LAST over the generation; LAST in the reconstruction, but
@@ -30,7 +30,7 @@ def checkerboard_stages(config: ModelConfig) -> np.ndarray:
 
 def stage_iterations(num_iter: float) -> list[int]:
   """Iterations of the three stages where plain MAR takes `num_iter`: half as many in all."""
-  return [max(1, round(of_64 * num_iter / 64)) for _, of_64 in STAGES]
+  return [max(1, round(of_64 * num_iter / 64)) for of_64 in STAGE_ITERATIONS]
 
 
 def checkerboard(draft: Draft, num_iter: float) -> int:
@@ -57,9 +57,7 @@ def checkerboard(draft: Draft, num_iter: float) -> int:
     predicted += np.diff(np.round(np.linspace(0, size, count + 1)).astype(int)).tolist()
   after = unknown - np.cumsum(predicted)
   mask_len = np.maximum(after, 1)  # the last counts one, as in the reference
-  draft.steps = make_steps(
-    config, draft.sample, draft.num_known, mask_len, np.asarray(predicted), range(1)
-  )
+  draft.steps = make_steps(config, draft.sample, draft.num_known, mask_len, np.asarray(predicted))
   return first_of_last
 
 

@@ -8,7 +8,7 @@ from marche_jax.draft import Draft, Refresh
 
 FIRST_FULL, INTERVAL = 5, 9
 LAYER = 4
-"""Decoder layer, from 1, after whose attention tokens are pruned, in a stack of 12."""
+"""Decoder layer, from 1, after whose attention tokens are pruned; a third of shallower stacks."""
 
 MARGIN = 15
 """Tokens that are kept besides the forced ones, at least."""

@@ -32,9 +32,13 @@ def marche(draft: Draft) -> None:
     full = set(range(0, len(steps), sample.refresh_interval))
   selective = [k for k in range(len(steps)) if k not in full]
   _check_layer(draft)
-  decoder = _sizes(draft, "active_size", selective, lambda s: s.num_previous + s.num_predict)
-  encoder = _sizes(draft, "encoder_active_size", selective, lambda s: s.num_previous)
   config = draft.config
+  decoder = _sizes(
+    draft, "active_size", ACTIVE_SHARE, selective, lambda s: s.num_previous + s.num_predict
+  )
+  # Who asks for all tokens means both stacks.
+  share = 1.0 if sample.active_size >= config.num_positions else ACTIVE_SHARE / 2
+  encoder = _sizes(draft, "encoder_active_size", share, selective, lambda s: s.num_previous)
   for k in selective:
     step = steps[k]
     everything = encoder[k] >= config.buffer_size + step.num_known
@@ -61,16 +65,15 @@ def _check_layer(draft: Draft) -> None:
 
 
 def _sizes(
-  draft: Draft, field: str, selective: list[int], forced: Callable[[Step], int]
+  draft: Draft, field: str, share: float, selective: list[int], forced: Callable[[Step], int]
 ) -> dict[int, int]:
-  """The active size of every selective iteration.
+  """The active size of every selective iteration: that of a field, or a share of all positions.
 
-  A size that was given must hold the forced tokens of every iteration; the default is raised.
+  A size that was given must hold the forced tokens of every iteration; the share is raised.
   """
   given, positions = getattr(draft.sample, field), draft.config.num_positions
   if given > positions:
     logging.warning("sample.%s=%d: clipped to all %d positions", field, given, positions)
-  share = ACTIVE_SHARE if field == "active_size" else ACTIVE_SHARE / 2
   size = min(given, positions) if given else max(1, round(share * positions))
   sizes = {}
   for k in selective:

@@ -1,0 +1,107 @@
+"""What decoding did, recorded for whoever looks at it (`trace.py`, tests).
+
+`sampler.decode` records only where it is asked to; otherwise nothing of this is in the program.
+Shapes as in `decode_state.py`; H guidance halves of z, P tokens predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.config import ModelConfig
+from marche_jax.decode_state import Rows
+from marche_jax.transformer import Recomputed
+
+
+@flax.struct.dataclass
+class Trace:
+  """What an iteration did, zero where nothing was predicted; each with leading [R] in the end."""
+
+  z: Any  # float32 [H, B, S, D]; H = 1 or 2, the conditional half first
+  sampled: Any  # float32 [B, S, C]
+  activity: Any  # int32 [2, B, N] by rank: `Activity` in encoder and decoder (cond. half)
+  scores: Any  # float32 [2, B, N] by rank: what chose the refresh (cond. half); 0: nothing did
+
+
+def empty_trace(config: ModelConfig, guided: bool, batch: int) -> Trace:
+  """A trace of nothing, of `batch` images."""
+  halves = 2 if guided else 1
+  return Trace(
+    z=jnp.zeros((halves, batch, config.seq_len, config.decoder_embed_dim)),
+    sampled=jnp.zeros((batch, config.seq_len, config.token_dim)),
+    activity=jnp.zeros((2, batch, config.num_positions), jnp.int32),
+    scores=jnp.zeros((2, batch, config.num_positions)),
+  )
+
+
+def record(
+  config: ModelConfig,
+  row: Rows,
+  batch: int,
+  stacks: Sequence[Recomputed],
+  places: jax.Array,
+  z: jax.Array,
+  sampled: jax.Array,
+) -> Trace:
+  """The trace of an iteration.
+
+  Args:
+    config: of the model.
+    row: of the iteration.
+    batch: number of images.
+    stacks: what encoder and decoder recomputed.
+    places: positions of the tokens predicted, int [B, P]; out of range: none.
+    z: there, float32 [H, B, P, Dd].
+    sampled: tokens there, float32 [B, P, C].
+  """
+  images = jnp.arange(batch)[:, None]
+
+  def scatter(x: jax.Array) -> jax.Array:
+    empty = jnp.zeros((batch, config.seq_len, x.shape[-1]))
+    return empty.at[images, places].set(x, mode="drop")
+
+  seen = (config.buffer_size + row.num_known, config.num_positions)
+  return Trace(
+    z=jax.vmap(scatter)(z),
+    sampled=scatter(sampled),
+    activity=jnp.stack([_activity(config, row, batch, s, n) for s, n in zip(stacks, seen)]),
+    scores=jnp.stack([_scores(config, batch, s, n) for s, n in zip(stacks, seen)]),
+  )
+
+
+def _activity(
+  config: ModelConfig, row: Rows, batch: int, which: Recomputed, seen: Any
+) -> jax.Array:
+  """What every token was to a stack, int32 [B, N] by rank."""
+  positions = config.num_positions
+  rank = jnp.arange(positions)
+  shape = (batch, positions)
+  index, active, _ = which
+  if index is None:
+    found = jnp.full(shape, REFRESHED)
+  else:
+    places = jnp.where(active, index[:batch], positions)
+    found = (
+      jnp.full(shape, CACHED).at[jnp.arange(batch)[:, None], places].set(REFRESHED, mode="drop")
+    )
+  now = config.buffer_size + row.num_known
+  recomputed = found == REFRESHED  # a forced token that is not would be a bug, and would show
+  found = jnp.where(recomputed & (rank >= now - row.num_previous) & (rank < now), PREVIOUS, found)
+  found = jnp.where(recomputed & (rank >= now) & (rank < now + row.num_predict), NOW, found)
+  return jnp.where(rank < seen, found, UNSEEN)
+
+
+def _scores(config: ModelConfig, batch: int, recomputed: Recomputed, seen: Any) -> jax.Array:
+  """What chose the refresh in a stack, float32 [B, N] by rank; zero where nothing did."""
+  positions = config.num_positions
+  if recomputed.scores is None:
+    return jnp.zeros((batch, positions))
+  found = recomputed.scores[:batch]
+  found = jnp.pad(found, ((0, 0), (0, positions - found.shape[1])))
+  return jnp.where(jnp.arange(positions) < seen, found, 0.0)
