@@ -17,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from marche_jax import decode_state, head_sampler, sampler, timing, transformer
+from marche_jax import decode_state, head_sampler, sampler, timing
 from marche_jax.decode_state import DecodeState, Inputs, Rows, Tables
 from marche_jax.models.mar import Params
 from marche_jax.plan import DecodePlan
 from marche_jax.shapes import StepShape
+from marche_jax.transformer import Transformer
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -107,13 +108,13 @@ def _pieces(
   # The caches are handed back in place, as the sampler's loop carries them.
   @functools.partial(jax.jit, donate_argnums=1)
   def encode(p: Params, state: DecodeState, row: Rows) -> tuple[DecodeState, jax.Array]:
-    return transformer.run_encoder(p, config, dtype, shape.encoder, row, state, embedding)[:2]
+    return Transformer(p, config, dtype).encode(shape.encoder, row, state, embedding)[:2]
 
   @functools.partial(jax.jit, donate_argnums=1)
   def decode(
     p: Params, state: DecodeState, row: Rows, x: jax.Array
   ) -> tuple[DecodeState, jax.Array]:
-    return transformer.run_decoder(p, config, dtype, shape.decoder, row, state, x, asked)[:2]
+    return Transformer(p, config, dtype).decode(shape.decoder, row, state, x, asked)[:2]
 
   @jax.jit
   def head(
@@ -121,7 +122,7 @@ def _pieces(
   ) -> jax.Array:
     keys = decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
     inputs = Inputs(jnp.zeros(batch, jnp.int32), keys)
-    return sampler.sample_tokens(weights, shape.head, row, tables, inputs, None, predict, z)
+    return sampler.sample_tokens(weights, shape.head, row, tables, inputs, predict, z)
 
   slots = shape.head.slots
   z = jnp.ones((2 if shape.guided else 1, batch, slots, config.decoder_embed_dim))

@@ -38,12 +38,12 @@ from marche_jax.decode_state import (
   Tables,
   state_specs,
 )
-from marche_jax.models.mar import MAR, Params
+from marche_jax.models.mar import Params
 from marche_jax.plan import DecodePlan
 from marche_jax.recording import Trace, empty_trace, record
 from marche_jax.shapes import HeadShape, StepShape
 from marche_jax.stack import take
-from marche_jax.transformer import apply_difference, run_decoder, run_encoder
+from marche_jax.transformer import Transformer, apply_difference
 
 
 def sample_tokens(
@@ -52,7 +52,6 @@ def sample_tokens(
   row: Rows,
   tables: Tables,
   inputs: Inputs,
-  noise: Noise | None,
   predict: jax.Array,
   z: jax.Array,
 ) -> jax.Array:
@@ -61,9 +60,9 @@ def sample_tokens(
   Args:
     weights: of `head_sampler.prepare`.
     shape: of the head.
-    row: of the iteration.
-    tables, inputs: of the run.
-    noise: recorded for this iteration (without its leading [R]); None: drawn.
+    row: of the iteration, each [].
+    tables: of the run.
+    inputs: of the run; recorded noise is that of the iteration (without its leading [R]).
     predict: positions in the image, int [B, P].
     z: output of the decoder there, float32 [H, B, P, Dd].
 
@@ -71,6 +70,7 @@ def sample_tokens(
     float32 [B, P, C].
   """
   halves, batch = z.shape[:2]
+  noise = inputs.noise
 
   def run(
     z: jax.Array, predict: jax.Array, process: jax.Array, steps: Any, cached: bool
@@ -129,37 +129,32 @@ def sample_tokens(
 
 
 def _step(
-  params: Params,
+  transformer: Transformer,
   weights: head_sampler.HeadWeights,
-  config: ModelConfig,
-  dtype: Any,
   shape: StepShape,
   row: Rows,
   tables: Tables,
   inputs: Inputs,
-  noise: Noise | None,
   state: DecodeState,
 ) -> tuple[DecodeState, Trace]:
   """One iteration of one step shape."""
   batch, seq_len, _ = state.tokens.shape
   slots = shape.head.slots
-  apply = functools.partial(MAR(config, dtype).apply, {"params": params})
   labels = jnp.tile(inputs.labels, shape.halves)
   dropped = jnp.arange(shape.halves * batch) >= batch  # the second half is unconditional
-  embedding = apply(labels, dropped, method="class_embedding")
+  embedding = transformer.apply(labels, dropped, method="class_embedding")
   index = row.num_known + jnp.arange(slots)
   predict = state.order[:, ::-1][:, jnp.minimum(index, seq_len - 1)]
   valid = jnp.arange(slots) < row.num_predict
 
-  state, x, encoded = run_encoder(params, config, dtype, shape.encoder, row, state, embedding)
-  state, x, decoded = run_decoder(
-    params, config, dtype, shape.decoder, row, state, x, max(slots, shape.difference)
-  )
+  state, x, encoded = transformer.encode(shape.encoder, row, state, embedding)
+  asked = max(slots, shape.difference)
+  state, x, decoded = transformer.decode(shape.decoder, row, state, x, asked)
   state, x = apply_difference(shape, row, state, x)
   halves = len(x) // batch
-  z = apply(x, jnp.tile(predict, (halves, 1)), method="condition").astype(jnp.float32)
+  z = transformer.apply(x, jnp.tile(predict, (halves, 1)), method="condition").astype(jnp.float32)
   z = z.reshape(halves, batch, slots, -1)
-  sampled = sample_tokens(weights, shape.head, row, tables, inputs, noise, predict, z)
+  sampled = sample_tokens(weights, shape.head, row, tables, inputs, predict, z)
 
   places = jnp.where(valid, predict, seq_len)  # out of range: dropped
   images = jnp.arange(batch)[:, None]
@@ -168,7 +163,7 @@ def _step(
     written = jnp.take_along_axis(inputs.teacher, predict[..., None], axis=1)
   tokens = state.tokens.at[images, places].set(written, mode="drop")
 
-  trace = record(config, row, batch, (encoded, decoded), places, z, sampled)
+  trace = record(transformer.config, row, batch, (encoded, decoded), places, z, sampled)
   return dataclasses.replace(state, tokens=tokens), trace
 
 
@@ -201,17 +196,17 @@ def decode(
   Returns:
     The state afterwards; bool [R, B], whether all tokens are finite after the row; and the trace.
   """
+  transformer = Transformer(params, config, dtype)
   weights = head_sampler.prepare(params["head"], config, tables.coefficients.timestep, head_dtype)
 
   def iterate(state: DecodeState, xs: tuple[Rows, Noise | None]) -> tuple[DecodeState, Any]:
     row, noise = xs
+    now = dataclasses.replace(inputs, noise=noise)
     carry = (state, empty_trace(config, shapes[0].guided, state.tokens.shape[0]) if trace else None)
     for number, shape in enumerate(shapes):
 
       def step(_: jax.Array, carry: Any, shape: StepShape = shape) -> Any:
-        state, done = _step(
-          params, weights, config, dtype, shape, row, tables, inputs, noise, carry[0]
-        )
+        state, done = _step(transformer, weights, shape, row, tables, now, carry[0])
         return state, done if trace else None
 
       carry = jax.lax.fori_loop(0, (row.shape == number).astype(jnp.int32), step, carry)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from marche_jax import cost, decode_state, head_sampler, sampler, transformer
+from marche_jax import cost, decode_state, head_sampler, sampler
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.decode_state import Inputs, Rows, Tables
 from marche_jax.diffusion import make_process
@@ -23,6 +23,7 @@ from marche_jax.models.mar import abstract_params
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
 from marche_jax.shapes import HeadShape, StackShape, StepShape
+from marche_jax.transformer import Transformer
 
 # Every width, depth and count differs, so that no two terms can be mistaken for each other.
 CONFIG = ModelConfig(
@@ -211,7 +212,7 @@ def test_encoder(name: str) -> None:
     shape = kinds(slots)[name]
 
     def encode(params: dict, state: Any, embedding: Any, shape: StackShape = shape) -> Any:
-      return transformer.run_encoder(params, CONFIG, jnp.float32, shape, row(), state, embedding)
+      return Transformer(params, CONFIG, jnp.float32).encode(shape, row(), state, embedding)
 
     embedding = jax.ShapeDtypeStruct((halves, CONFIG.encoder_embed_dim), jnp.float32)
     executed = matmul_flops(encode, PARAMS, state_for(shape, halves), embedding)
@@ -224,7 +225,7 @@ def test_decoder(name: str) -> None:
   for asked, halves in ((1, 2), (9, 1)):
 
     def decode(params: dict, state: Any, x: Any, asked: int = asked) -> Any:
-      return transformer.run_decoder(params, CONFIG, jnp.float32, shape, row(), state, x, asked)
+      return Transformer(params, CONFIG, jnp.float32).decode(shape, row(), state, x, asked)
 
     x = jax.ShapeDtypeStruct((halves, POSITIONS, CONFIG.decoder_embed_dim), jnp.float32)
     executed = matmul_flops(decode, PARAMS, state_for(shape, halves), x)
@@ -258,7 +259,7 @@ def executed_by_head(
   def head(weights: Any, z: Any, keys: Any, row: Any, tables: Any) -> jax.Array:
     predict = jnp.zeros((1, shape.slots), jnp.int32)
     inputs = Inputs(np.zeros(1, np.int32), keys)
-    return sampler.sample_tokens(weights, shape, row, tables, inputs, None, predict, z)
+    return sampler.sample_tokens(weights, shape, row, tables, inputs, predict, z)
 
   z = floats((halves, 1, shape.slots, config.decoder_embed_dim))
   return matmul_flops(head, weights, z, KEYS, now, Tables(coefficients, floats(())))

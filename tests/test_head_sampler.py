@@ -274,7 +274,7 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
     @quick_jit
     def tokens(params, z):
       weights = head_sampler.prepare(params, config, tables.coefficients.timestep, jnp.float32)
-      return sampler.sample_tokens(weights, shape, row, tables, inputs, None, predict, z)
+      return sampler.sample_tokens(weights, shape, row, tables, inputs, predict, z)
 
     return np.asarray(tokens(params, z))
 

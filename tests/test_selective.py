@@ -20,6 +20,7 @@ from marche_jax.decode_state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
 from marche_jax.plan import DecodePlan
 from marche_jax.policies import make_plan
+from marche_jax.recording import Trace
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the standard deviation: whole runs,
 Z_TOLERANCE = 1e-4  # and z of an iteration whose known tokens are the recorded ones
@@ -77,7 +78,7 @@ class Recorded:
       self.plan, tokens, jnp.asarray(self.golden["orders"]), jnp.float32
     )
 
-  def step(self, state: DecodeState, k: int) -> tuple[DecodeState, sampler.Trace]:
+  def step(self, state: DecodeState, k: int) -> tuple[DecodeState, Trace]:
     g, batch = self.golden, len(self.golden["labels"])
     one = slice(k, k + 1)
     state, finite, trace = decode(
