@@ -34,11 +34,15 @@ def require_matplotlib() -> Any:
   return matplotlib
 
 
+MOST_NAMES = 14
+"""Points of a plane that are all named; texts of more would cover each other."""
+
+
 def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
   """The plane of speed and quality: speed-up against Fréchet distance, one point per policy.
 
   Bars are 95% intervals, colours the share that the classifier recognises; the line is the Pareto
-  front.
+  front. Of more than `MOST_NAMES` policies, only baseline and front are named.
 
   Args:
     path: PNG file to write.
@@ -85,8 +89,17 @@ def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
     loc="left", fontsize=11, color=INK,
   )  # fmt: skip
   axes.margins(0.12)
-  _label(figure, axes, x, y, bounds, list(found))
+  _label(figure, axes, x, y, bounds, named(report))
   _save(figure, path)
+
+
+def named(report: dict[str, Any]) -> dict[int, str]:
+  """Numbers and names of the policies that `plot_plane` names: of many, baseline and front only."""
+  found = report["policies"]
+  return {
+    number: name for number, (name, policy) in enumerate(found.items())
+    if len(found) <= MOST_NAMES or name == report["baseline"] or policy["on_front"]
+  }  # fmt: skip
 
 
 PARTS = {"encoder": "#3b6fb6", "decoder": "#88b3dd", "head": "#e8a33d", "other": "#bdbdbd"}
@@ -147,9 +160,9 @@ def _plain(axes: Any) -> None:
 
 
 def _label(
-  figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, bounds: np.ndarray, names: Sequence[str]
+  figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, bounds: np.ndarray, names: dict[int, str]
 ) -> None:
-  """Names points, each at the nearest place where its text covers no point, bar or other text."""
+  """Names points by their numbers, each at the nearest place where its text covers no point, bar or other text."""
   figure.draw_without_rendering()  # lays the axes out
   points, low, high = (
     axes.transData.transform(np.column_stack([x, of])) for of in (y, bounds[:, 0], bounds[:, 1])
@@ -160,7 +173,8 @@ def _label(
   taken += [(px - 1, bottom - 1, px + 1, top + 1)
             for (px, bottom), (_, top) in zip(low / pixels, high / pixels)]  # fmt: skip
   inside = tuple(v / pixels for v in (frame.x0, frame.y0, frame.x1, frame.y1))
-  for name, (px, py) in zip(names, points / pixels, strict=True):
+  for number, name in names.items():
+    px, py = points[number] / pixels
     text = figure.text(0.5, 0.5, name, fontsize=9)  # to measure it
     size = text.get_window_extent()
     width, height = size.width / pixels, size.height / pixels

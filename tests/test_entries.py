@@ -105,10 +105,10 @@ def test_every_field_of_a_policy_can_be_changed_with_it() -> None:
 def test_what_a_policy_overrides_it_does_not_read(policy: str) -> None:
   """And only that: every other field of decoding that is not some policy's changes its plan."""
   changed = {
-    "num_iter": 9, "cfg": 1.5, "cfg_schedule": "constant", "temperature": 0.5,
+    "num_iter": 16, "cfg": 1.5, "cfg_schedule": "constant", "temperature": 0.5,
     "num_sampling_steps": 7, "max_timestep": 400, "solver": "dpm++",
   }  # fmt: skip
-  given = dataclasses.replace(tiny.SAMPLE, policy=policy, num_iter=8, cfg=3.0, num_sampling_steps=9)
+  given = dataclasses.replace(tiny.SAMPLE, policy=policy, num_iter=4, cfg=3.0, num_sampling_steps=9)
 
   def content(sample: SampleConfig) -> tuple:
     plan = make_plan(tiny.MODEL, sample)

@@ -35,6 +35,19 @@ def test_plane(tmp_path: pathlib.Path) -> None:
   assert [p.name for p in tmp_path.iterdir()] == ["plane.png"]  # written aside, and renamed
 
 
+def test_of_many_policies_front_and_baseline_are_named(tmp_path: pathlib.Path) -> None:
+  report = quality_report()
+  assert list(plots.named(report).values()) == ["full", "same", "a+long+name:cfg=2"]
+  some = report["policies"]["same"]
+  for number in range(plots.MOST_NAMES):
+    report["policies"][f"p{number}"] = some | {"speedup": 0.5, "on_front": False}
+  report["policies"]["last"] = some | {"speedup": 2.0}
+  report["policies"]["full"]["on_front"] = False
+  names = plots.named(report)
+  assert names == {0: "full", 1: "same", 2: "a+long+name:cfg=2", plots.MOST_NAMES + 3: "last"}
+  plots.plot_plane(tmp_path / "plane.png", report)
+
+
 def test_a_plane_needs_judged_images(tmp_path: pathlib.Path) -> None:
   report = quality_report()
   report["policies"]["full"]["quality"] = None
