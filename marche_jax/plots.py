@@ -162,7 +162,7 @@ def _plain(axes: Any) -> None:
 def _label(
   figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, bounds: np.ndarray, names: dict[int, str]
 ) -> None:
-  """Names points by their numbers, each at the nearest place where its text covers no point, bar or other text."""
+  """Names some points, each at the nearest place where its text covers no point, bar or text."""
   figure.draw_without_rendering()  # lays the axes out
   points, low, high = (
     axes.transData.transform(np.column_stack([x, of])) for of in (y, bounds[:, 0], bounds[:, 1])
