@@ -17,10 +17,7 @@ from marche_jax.models.mar import attention_output, attention_weights
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}
 
 # (sequences, heads, head width, queries, keys of every part): few, since each is compiled
-SIZES = (
-  (1, 1, 4, 1, (1,)), (2, 3, 2, 5, (4, 3)), (3, 2, 8, 2, (1, 9)), (2, 2, 4, 3, (2, 5, 6)),
-  (1, 12, 64, 64, (64, 256)),  # MAR-B's
-)  # fmt: skip
+SIZES = ((1, 1, 4, 1, (1,)), (2, 3, 2, 5, (4, 3)), (3, 2, 8, 2, (1, 9)), (2, 2, 4, 3, (2, 5, 6)))
 
 merged = quick_jit(merged_attention, static_argnames="heads")
 
@@ -76,10 +73,10 @@ def test_attention_in_parts_is_attention_over_all(dtype, problem):
 @settings(deadline=None, max_examples=8)
 @given(st.data())
 def test_attention_of_any_size_in_parts(dtype, data):
-  """As above, sizes drawn too, compiled as users' programs are."""
+  """As above, sizes drawn too, up to those of MAR-B, compiled as users' programs are."""
   size = lambda most: data.draw(st.integers(1, most))
-  sequences, heads, width, queries = size(3), size(4), size(64), size(20)
-  sizes = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+  sequences, heads, width, queries = size(2), size(12), size(64), size(64)
+  sizes = data.draw(st.lists(st.integers(1, 256), min_size=1, max_size=3))
   rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
   normal = lambda n: jnp.asarray(rng.standard_normal((sequences, n, heads * width)), dtype)
   q, parts = normal(queries), [(normal(n), normal(n), rng.random((sequences, n))) for n in sizes]

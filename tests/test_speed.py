@@ -159,7 +159,7 @@ def test_one_policy_has_a_report_of_one_level(calls: list[str], entries: list[En
 
 
 def test_one_estimate_says_so(calls: list[str], entries: list[Entry]) -> None:
-  report = speed.single(compare(entries[1:2], estimate=True, check=True))
+  report = speed.single(compare(entries[1:2], estimate=True, check=True, repeats=2))
   text = tables.single_table(report)
   assert f"estimated from {report['timed_rows']} of 4 rows" in text and "whole run" in text
 
