@@ -6,9 +6,9 @@ policies or more images draws only what is missing. The code that draws is not i
 change of it, use another directory.
 
 Every policy draws a batch that is not kept, to warm up. Then policies take turns, batch by batch,
-so that noise of the machine hits all alike. A speed-up is the
-median over the batches of the baseline's seconds over the policy's; where the two were not drawn in
-the same run, that of their medians.
+so that noise of the machine hits all alike. A speed-up is the median over the batches of the
+baseline's seconds over the policy's; where the two were not drawn in the same run, that of their
+medians.
 """
 
 from __future__ import annotations

@@ -253,9 +253,14 @@ def _collect(
   write_png(out / "grid.png", picture, scale=max(1, 64 // images[0].shape[1]))
 
 
+def config_overrides(config_flag: Any) -> dict[str, Any]:
+  """What the command line changes of the configuration, as --config.NAME=VALUE, by name."""
+  return dict(config_flags.get_override_values(config_flag)) if config_flag.value else {}
+
+
 def load(checkpoint_dir: str | None, config_flag: Any) -> tuple[Model, SampleConfig]:
   """The model and how to sample it, from `--checkpoint`, `--config` and overrides of it."""
-  overrides = dict(config_flags.get_override_values(config_flag)) if config_flag.value else {}
+  overrides = config_overrides(config_flag)
   if config_flag.present:
     config = flags_lib.parsed_config()
     if checkpoint_dir is None and config.name != "fashion_mnist":
@@ -365,8 +370,8 @@ def traced_images(
 
 def asked_fields(config_flag: Any) -> list[str]:
   """Fields of `SampleConfig` that the command line names, as --config.sample.FIELD."""
-  overrides = config_flags.get_override_values(config_flag) if config_flag.value else {}
-  return [name.removeprefix("sample.") for name in overrides if name.startswith("sample.")]
+  names = config_overrides(config_flag)
+  return [name.removeprefix("sample.") for name in names if name.startswith("sample.")]
 
 
 def under_policy(
