@@ -27,15 +27,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from marche_jax import comparison, plots, speed, tables, timing
 from marche_jax import flags as flags_lib
 from marche_jax import sample as sample_lib
+from marche_jax.benchmarking import comparison, speed, tables, timing
+from marche_jax.benchmarking.entries import ALL, all_entries, parse_entries
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.embedded import CONFIG
-from marche_jax.entries import ALL, all_entries, parse_entries
-from marche_jax.images import atomic_write, check_writable, write_png
+from marche_jax.files import atomic_write, check_writable
+from marche_jax.images import write_png
 from marche_jax.models.mar import Params, abstract_params
-from marche_jax.sources import IdxSource
+from marche_jax.training.sources import IdxSource
+from marche_jax.visualization import plots
 
 SPEED_FLAGS = ("random_weights", "repeats", "estimate", "check", "split", "head_dtype", "plot")
 QUALITY_FLAGS = ("num_images", "seed", "quality_out", "data")

@@ -167,7 +167,7 @@ class SampleConfig:
   num_sampling_steps: int = 100  # diffusion steps per token
   max_timestep: int = NUM_TRAIN_TIMESTEPS - 1  # noisiest timestep used (DiSA: 950)
   solver: str = "ddpm"  # ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, for 10-20 steps)
-  policy: str = "full"  # what accelerates decoding; names joined by +, see marche_jax.policies
+  policy: str = "full"  # what accelerates decoding; names joined by +, see planning/policies/
   # The fields below are those of policies.
   active_size: int = 0  # marche: tokens that the decoder recomputes; 0: a fifth, or what is forced
   encoder_active_size: int = 0  # marche: the encoder's; 0: a tenth, or what is forced

@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 
 from marche_jax import flags as flags_lib
-from marche_jax import quality
-from marche_jax.images import atomic_write
+from marche_jax.evaluation import quality
+from marche_jax.files import atomic_write
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle boot")  # fmt: skip

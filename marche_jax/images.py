@@ -1,20 +1,13 @@
-"""Pictures and files: uint8 images, grids of them, PNG files, and writing aside.
-
-Everything that writes a file goes through `atomic_write`, so that a reader (or a run that was
-killed) finds either the whole file or none.
-"""
+"""Pictures: uint8 images, grids of them, PNG files."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pathlib
-import secrets
-import tempfile
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
+
+from marche_jax.files import atomic_write
 
 GAP = 2
 """Pixels of white between the images of a grid."""
@@ -101,48 +94,6 @@ def write_png(path: str | os.PathLike[str], image: np.ndarray, scale: int = 1) -
   picture = Image.fromarray(np.ascontiguousarray(image.repeat(scale, 0).repeat(scale, 1)))
   with atomic_write(path) as aside:
     picture.save(aside, format="PNG")
-
-
-@contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Gives a path to write to, which becomes `path` only where the block succeeds.
-
-  The temporary file lies in the same directory (a rename is atomic only within a file system) and
-  ends as `path` does (`np.savez` appends `.npz` to other names). Where the block raises, it is
-  removed and `path` stays what it was.
-
-  Raises:
-    OSError: where the directory is missing or cannot be written, or the block wrote nothing.
-  """
-  target = pathlib.Path(path)
-  aside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
-  try:
-    yield aside
-    aside.replace(target)
-  finally:
-    aside.unlink(missing_ok=True)
-
-
-def check_writable(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """Creates a directory where it is missing, and tries to write in it.
-
-  For command lines: better to refuse an output directory now than after an hour of sampling.
-
-  Returns:
-    the directory.
-
-  Raises:
-    ValueError: where it cannot be created or written; names it and says why.
-  """
-  directory = pathlib.Path(directory)
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=directory, prefix=".probe."):
-      pass
-  except OSError as error:
-    reason = error.strerror or str(error)
-    raise ValueError(f"{directory}: expected a directory that can be written: {reason}") from error
-  return directory
 
 
 def _check_channels(channels: int) -> None:

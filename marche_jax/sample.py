@@ -28,17 +28,22 @@ from jax.sharding import Mesh
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from marche_jax import calibration, checkpoint, decode_state, generation, profiling, trace
 from marche_jax import flags as flags_lib
-from marche_jax.checkpoint import Model
+from marche_jax.benchmarking import profiling
+from marche_jax.benchmarking.entries import with_policy
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decode_state import Inputs
+from marche_jax.decoding import calibration, generation
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import Inputs
 from marche_jax.embedded import CHECKPOINT, CONFIG
-from marche_jax.entries import with_policy
-from marche_jax.images import atomic_write, check_writable, grid, write_png
+from marche_jax.files import atomic_write, check_writable
+from marche_jax.images import grid, write_png
 from marche_jax.models.mar import inference_params, unpatchify
-from marche_jax.plan_file import save_plan
-from marche_jax.policies import make_plan
+from marche_jax.planning.plan_file import save_plan
+from marche_jax.planning.policies import make_plan
+from marche_jax.visualization import trace
+from marche_jax.weights import checkpoint
+from marche_jax.weights.checkpoint import Model
 
 CALIBRATION_IMAGES = 8
 """Images that --calibrate measures on."""
@@ -205,7 +210,7 @@ def _draw(
   real = labels[start : start + batch_size]
   batch = np.pad(real, (0, batch_size - len(real)), mode="edge")
   ids = jnp.arange(start, start + batch_size, dtype=jnp.uint32)
-  keys = decode_state.image_keys(decode_state.run_key(seed), ids)
+  keys = state_lib.image_keys(state_lib.run_key(seed), ids)
   tokens = decoder(
     model.params,
     decoder.start(keys),
@@ -394,7 +399,7 @@ def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> No
     raise ValueError(f"--calibrate={path}: expected a file name that ends in .json")
   check_writable(pathlib.Path(path).absolute().parent)
   labels = choose_labels(None, CALIBRATION_IMAGES, model.config.class_num)
-  key = decode_state.run_key(flags.FLAGS.seed)
+  key = state_lib.run_key(flags.FLAGS.seed)
   dtype = jnp.dtype(flags.FLAGS.dtype)
   chosen, drift = calibration.calibrate(model, sample_config, labels, key, dtype)
   save_plan(pathlib.Path(path), model.config, chosen, drift)

@@ -14,12 +14,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from marche_jax import checkpoint, generation, trainer
 from marche_jax import config as config_lib
 from marche_jax import flags as flags_lib
 from marche_jax.config import Config, ModelConfig, VAEConfig
-from marche_jax.images import check_writable, grid, write_png
-from marche_jax.policies import make_plan
+from marche_jax.decoding import generation
+from marche_jax.files import check_writable
+from marche_jax.images import grid, write_png
+from marche_jax.planning.policies import make_plan
+from marche_jax.training import trainer
+from marche_jax.weights import checkpoint
 
 
 def define_flags() -> None:

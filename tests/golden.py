@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marche_jax import convert
 from marche_jax.config import Config, ModelConfig, SampleConfig, freeze
 from marche_jax.models import mar
+from marche_jax.weights import convert
 
 
 def quick_options() -> dict[str, Any]:

@@ -9,8 +9,8 @@ import struct
 import numpy as np
 from PIL import Image
 
-from marche_jax import sources
 from marche_jax.config import DataConfig, ModelConfig
+from marche_jax.training import sources
 
 SIZE = 6
 PIXELS = ModelConfig(img_size=SIZE, vae_stride=1, patch_size=2, vae_embed_dim=1, class_num=4)

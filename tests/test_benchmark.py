@@ -15,8 +15,10 @@ import pytest
 import tiny
 from PIL import Image
 
-from marche_jax import benchmark, checkpoint, tables
+from marche_jax import benchmark
+from marche_jax.benchmarking import tables
 from marche_jax.models import mar
+from marche_jax.weights import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """

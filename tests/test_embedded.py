@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
-from marche_jax import checkpoint, embedded, evaluate, quality
+from marche_jax import embedded, evaluate
 from marche_jax.config import freeze
 from marche_jax.embedded.config import get_config
+from marche_jax.evaluation import quality
+from marche_jax.weights import checkpoint
 
 MAX_BYTES = 12_000_000
 

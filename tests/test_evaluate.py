@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from marche_jax import evaluate, quality
+from marche_jax import evaluate
+from marche_jax.evaluation import quality
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

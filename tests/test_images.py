@@ -1,10 +1,8 @@
-"""Rounding, grids, PNG files and writing aside."""
+"""Rounding, grids and PNG files."""
 
 from __future__ import annotations
 
 import os
-import pathlib
-import stat
 
 import numpy as np
 import pytest
@@ -101,70 +99,3 @@ def test_write_png_refuses(tmp_path, image, scale, message):
   with pytest.raises(ValueError, match=message):
     images.write_png(tmp_path / "image.png", image, scale)
   assert os.listdir(tmp_path) == []
-
-
-def test_atomic_write_replaces_the_file_at_the_end_of_the_block(tmp_path):
-  path = tmp_path / "result.npz"
-  path.write_bytes(b"old")
-  with images.atomic_write(path) as aside:
-    assert aside.parent == tmp_path and aside.suffix == ".npz" and aside != path
-    np.savez(aside, x=np.arange(3))  # appends .npz to any other name
-    assert path.read_bytes() == b"old"
-  with np.load(path) as file:
-    np.testing.assert_array_equal(file["x"], np.arange(3))
-  assert os.listdir(tmp_path) == ["result.npz"]
-
-
-def test_atomic_write_gives_the_permissions_of_an_ordinary_file(tmp_path):
-  (tmp_path / "ordinary").write_bytes(b"")
-  with images.atomic_write(tmp_path / "x.json") as aside:
-    aside.write_text("{}")
-  modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ordinary", "x.json")]
-  assert modes[0] == modes[1]
-
-
-@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_atomic_write_leaves_the_old_file_where_the_block_fails(tmp_path, failure):
-  path = tmp_path / "report.json"
-  path.write_text("old")
-  with pytest.raises(failure), images.atomic_write(path) as aside:
-    aside.write_text("half of")
-    raise failure
-  assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.json"]
-
-
-def test_atomic_write_that_wrote_nothing_is_an_error(tmp_path):
-  with pytest.raises(FileNotFoundError), images.atomic_write(tmp_path / "x.json"):
-    pass
-  assert os.listdir(tmp_path) == []
-
-
-def test_check_writable_creates_the_directory_and_leaves_no_trace(tmp_path):
-  path = tmp_path / "a" / "b"
-  assert images.check_writable(str(path)) == path
-  assert path.is_dir() and os.listdir(path) == []
-  (path / "kept").write_text("x")
-  images.check_writable(path)
-  assert os.listdir(path) == ["kept"]
-
-
-@pytest.mark.parametrize("below", ["", "sub"])
-def test_check_writable_refuses_a_file(tmp_path, below):
-  (tmp_path / "file").write_text("x")
-  path = tmp_path / "file" / below
-  with pytest.raises(ValueError, match=r"file.*expected a directory that can be written"):
-    images.check_writable(path)
-  assert (tmp_path / "file").read_text() == "x"
-
-
-def test_check_writable_names_a_directory_without_permission(tmp_path, monkeypatch):
-  def refuse(*args, **kwargs):
-    raise PermissionError(13, "Permission denied")
-
-  # For root, who runs many a container, no permission bits refuse anything.
-  monkeypatch.setattr(images.tempfile, "NamedTemporaryFile", refuse)
-  with pytest.raises(ValueError, match=f"{tmp_path.name}.*Permission denied"):
-    images.check_writable(tmp_path)
-  monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
-  with pytest.raises(ValueError, match=r"new.*Permission denied"):
-    images.check_writable(tmp_path / "new")

@@ -16,10 +16,11 @@ import pytest
 import tiny
 from PIL import Image
 
-from marche_jax import checkpoint, sample
-from marche_jax.checkpoint import Model
+from marche_jax import sample
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.policies import make_plan
+from marche_jax.planning.policies import make_plan
+from marche_jax.weights import checkpoint
+from marche_jax.weights.checkpoint import Model
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import tiny
 
-from marche_jax import checkpoint, data, train, trainer
+from marche_jax import train
 from marche_jax.config import ModelConfig, VAEConfig
 from marche_jax.models import vae
+from marche_jax.training import data, trainer
+from marche_jax.weights import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 from absl import flags as absl_flags
 
-from marche_jax import checkpoint, convert, flags
+from marche_jax import flags
+from marche_jax.weights import checkpoint, convert
 
 FLAGS = absl_flags.FLAGS
 

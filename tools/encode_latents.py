@@ -27,10 +27,12 @@ import numpy as np
 from absl import flags as absl_flags
 from tqdm import tqdm
 
-from marche_jax import checkpoint, flags, sources
 from marche_jax import config as config_lib
+from marche_jax import flags
 from marche_jax.config import ModelConfig, VAEConfig
 from marche_jax.models import vae
+from marche_jax.training import sources
+from marche_jax.weights import checkpoint
 
 FLAGS = absl_flags.FLAGS
 

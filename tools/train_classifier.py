@@ -1,4 +1,4 @@
-"""Trains the classifier that judges Fashion-MNIST samples (see `marche_jax/quality.py`).
+"""Trains the classifier that judges Fashion-MNIST samples (see `marche_jax/evaluation/quality.py`).
 
 python tools/train_classifier.py
 
@@ -22,7 +22,8 @@ import optax
 from absl import app, flags
 
 from marche_jax import config as config_lib
-from marche_jax import quality, sources
+from marche_jax.evaluation import quality
+from marche_jax.training import sources
 
 FLAGS = flags.FLAGS
 

@@ -30,14 +30,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from marche_jax import decode_state, generation, profiling, quality
-from marche_jax.checkpoint import Model
+from marche_jax.benchmarking import profiling
+from marche_jax.benchmarking.entries import Entry, baseline
 from marche_jax.config import ModelConfig
-from marche_jax.decode_state import Inputs
-from marche_jax.entries import Entry, baseline
-from marche_jax.images import atomic_write, check_writable
+from marche_jax.decoding import generation
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import Inputs
+from marche_jax.evaluation import quality
+from marche_jax.files import atomic_write, check_writable
 from marche_jax.models.mar import inference_params, unpatchify
-from marche_jax.plan import DecodePlan
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.weights.checkpoint import Model
 
 MAX_PSNR = 100.0
 """dB of two images that are equal in every byte."""
@@ -170,7 +173,7 @@ def _decode_batch(
   """Tokens [B, S, C] of a batch under the policy of a name, and the seconds that they took."""
   size = settings.batch_size
   ids = jnp.arange(start, start + size, dtype=jnp.uint32)
-  keys = decode_state.image_keys(decode_state.run_key(settings.seed), ids)
+  keys = state_lib.image_keys(state_lib.run_key(settings.seed), ids)
   inputs = Inputs(labels_of(start, size, model.config), keys)
   state = jax.block_until_ready(decoder.start(keys))
   clock = time.perf_counter()

@@ -13,10 +13,10 @@ import typing
 from collections.abc import Iterable, Sequence
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.plan import DecodePlan
-from marche_jax.plan_file import FIELDS as FILE_FIELDS
-from marche_jax.plan_file import load_plan
-from marche_jax.policies import check_fields, make_plan
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.plan_file import FIELDS as FILE_FIELDS
+from marche_jax.planning.plan_file import load_plan
+from marche_jax.planning.policies import check_fields, make_plan
 
 BASELINE = "full"
 

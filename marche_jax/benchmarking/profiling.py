@@ -17,12 +17,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from marche_jax import decode_state, head_sampler, sampler, timing
-from marche_jax.decode_state import DecodeState, Inputs, Rows, Tables
+from marche_jax.benchmarking import timing
+from marche_jax.decoding import head_sampler, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import DecodeState, Inputs, Rows, Tables
+from marche_jax.decoding.transformer import Transformer
 from marche_jax.models.mar import Params
-from marche_jax.plan import DecodePlan
-from marche_jax.shapes import StepShape
-from marche_jax.transformer import Transformer
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.shapes import StepShape
 
 
 def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
@@ -67,7 +69,7 @@ def split(
   Returns:
     Seconds per image of 'encoder', 'decoder' and 'head', compile time apart.
   """
-  rows, tables = decode_state.plan_rows(plan)
+  rows, tables = state_lib.plan_rows(plan)
   tables = jax.tree.map(jnp.asarray, tables)
   timesteps = tables.coefficients.timestep
   prepare = functools.partial(head_sampler.prepare, config=plan.config, dtype=head_dtype)
@@ -101,7 +103,7 @@ def _pieces(
   config = plan.config
   order = jnp.broadcast_to(jnp.arange(config.seq_len), (batch, config.seq_len))
   tokens = jnp.ones((batch, config.seq_len, config.token_dim))
-  state = decode_state.empty_state(plan, tokens, order, dtype)
+  state = state_lib.empty_state(plan, tokens, order, dtype)
   embedding = jnp.ones((shape.halves * batch, config.encoder_embed_dim))
   asked = max(shape.head.slots, shape.difference)
 
@@ -120,7 +122,7 @@ def _pieces(
   def head(
     weights: head_sampler.HeadWeights, row: Rows, z: jax.Array, predict: jax.Array
   ) -> jax.Array:
-    keys = decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
+    keys = state_lib.image_keys(jax.random.key(0), jnp.arange(batch))
     inputs = Inputs(jnp.zeros(batch, jnp.int32), keys)
     return sampler.sample_tokens(weights, shape.head, row, tables, inputs, predict, z)
 

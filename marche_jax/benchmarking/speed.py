@@ -15,13 +15,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from marche_jax import profiling
+from marche_jax.benchmarking import profiling
+from marche_jax.benchmarking.entries import Entry, baseline
+from marche_jax.benchmarking.timing import (
+  Options,
+  Program,
+  estimate_seconds,
+  interleave,
+  rows_to_time,
+)
 from marche_jax.config import ModelConfig
-from marche_jax.entries import Entry, baseline
 from marche_jax.models.mar import Params, inference_params
-from marche_jax.plan import DecodePlan
-from marche_jax.shapes import describe
-from marche_jax.timing import Options, Program, estimate_seconds, interleave, rows_to_time
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.shapes import describe
 
 
 def compare(

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marche_jax import decode_state, generation, sampler
-from marche_jax.decode_state import IDLE, DecodeState, Inputs, Rows
+from marche_jax.decoding import generation, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import IDLE, DecodeState, Inputs, Rows
 from marche_jax.models.mar import Params
-from marche_jax.plan import DecodePlan
+from marche_jax.planning.plan import DecodePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +53,10 @@ class Program:
   ) -> None:
     """Compiles for all rows of the plan in one call, or for one row per call."""
     self.plan, self.params, self.options = plan, params, options
-    all_rows, self._tables = decode_state.plan_rows(plan)
-    self.rows = [
-      rows for _, rows in decode_state.chunks(all_rows, 1 if one_row else len(plan.rows))
-    ]
+    all_rows, self._tables = state_lib.plan_rows(plan)
+    self.rows = [rows for _, rows in state_lib.chunks(all_rows, 1 if one_row else len(plan.rows))]
     size = options.batch_size
-    self._keys = decode_state.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
+    self._keys = state_lib.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
     labels = jnp.arange(size, dtype=jnp.int32) % plan.config.class_num
     self._inputs = Inputs(labels, self._keys)
     self._start = generation.Decoder(plan, dtype=options.dtype).start

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marche_jax import decode_state, sampler
-from marche_jax.cache import KVCache
-from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
-from marche_jax.decode_state import Inputs
-from marche_jax.generation import Decoder, NonFiniteLatentsError, check_labels
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan, parse_policy
+from marche_jax.decoding import sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.cache import KVCache
+from marche_jax.decoding.generation import Decoder, NonFiniteLatentsError, check_labels
+from marche_jax.decoding.state import Inputs
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan, parse_policy
+from marche_jax.weights.checkpoint import Model
 
 SKETCH = 16
 """Random directions that keys, and as many that values, of a layer are projected on."""
@@ -80,12 +81,12 @@ def measure_drift(
   full = make_plan(
     model.config, dataclasses.replace(sample, refresh_interval=1, condition_cache=False)
   )
-  keys = decode_state.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
+  keys = state_lib.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
   state = Decoder(selective, dtype=dtype).start(keys)
-  rows, tables = decode_state.plan_rows(full)
+  rows, tables = state_lib.plan_rows(full)
   inputs = Inputs(labels, keys)
   sketches = []
-  for done, row in decode_state.chunks(rows, 1):
+  for done, row in state_lib.chunks(rows, 1):
     state, finite, _ = sampler.jitted_decode(
       model.params, state, row, tables, inputs,
       config=model.config, shapes=full.shapes, dtype=dtype, head_dtype=dtype,

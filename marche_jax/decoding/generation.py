@@ -13,15 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marche_jax import decode_state, sampler
-from marche_jax.checkpoint import Model
 from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
-from marche_jax.decode_state import DecodeState, Inputs, Noise
+from marche_jax.decoding import sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import DecodeState, Inputs, Noise
 from marche_jax.images import to_uint8
 from marche_jax.models import vae
 from marche_jax.models.mar import Params, unpatchify
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
+from marche_jax.weights.checkpoint import Model
 
 VAE_BATCH = 8
 """Images that the autoencoder decodes at a time."""
@@ -52,7 +53,7 @@ class Decoder:
     self.plan = plan
     self.chunk = len(plan.rows) if chunk is None else min(chunk, len(plan.rows))
     self._mesh = mesh
-    self._rows, self._tables = decode_state.plan_rows(plan)
+    self._rows, self._tables = state_lib.plan_rows(plan)
     self._dtype = dtype
     dtypes = {"dtype": dtype, "head_dtype": head_dtype}
     # Without a mesh the jitted function is shared, and its programs with it.
@@ -70,10 +71,10 @@ class Decoder:
   def start(self, keys: jax.Array, order: Any = None, known: Any = None) -> DecodeState:
     """The state before the first iteration; see `initial_state`. Caches lie where they are used."""
     state = initial_state(self.plan, keys, order, known)
-    create: Any = functools.partial(decode_state.empty_state, self.plan, dtype=self._dtype)
+    create: Any = functools.partial(state_lib.empty_state, self.plan, dtype=self._dtype)
     if self._mesh is None or not self.plan.cache_halves:
       return create(state.tokens, state.order)
-    specs = decode_state.state_specs(self.plan, "data")
+    specs = state_lib.state_specs(self.plan, "data")
     shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)  # type: ignore[arg-type]
     return jax.jit(create, out_shardings=shardings)(state.tokens, state.order)
 
@@ -81,12 +82,12 @@ class Decoder:
     """Compiles for a batch size ahead of the first call; returns the seconds it took."""
 
     def start_of_batch() -> tuple[DecodeState, Inputs]:
-      keys = decode_state.image_keys(jax.random.key(0), jnp.arange(batch_size))
+      keys = state_lib.image_keys(jax.random.key(0), jnp.arange(batch_size))
       return self.start(keys), Inputs(jnp.zeros(batch_size, jnp.int32), keys)
 
     start = time.perf_counter()
     state, inputs = jax.eval_shape(start_of_batch)
-    _, rows = next(decode_state.chunks(self._rows, self.chunk))
+    _, rows = next(state_lib.chunks(self._rows, self.chunk))
     self._decode = self._decode.lower(
       params, state, rows, self._tables, inputs, **self._static
     ).compile()
@@ -109,7 +110,7 @@ class Decoder:
       NonFiniteLatentsError: names the iteration and the images (by place in the batch).
     """
     done, noise = 0, inputs.noise
-    for end, rows in decode_state.chunks(self._rows, self.chunk):
+    for end, rows in state_lib.chunks(self._rows, self.chunk):
       if noise is not None:
         part = jax.tree.map(self._chunk_of(done, end), noise)
         inputs = dataclasses.replace(inputs, noise=part)
@@ -130,7 +131,7 @@ class Decoder:
     return state.tokens
 
   def _chunk_of(self, start: int, end: int) -> Callable[[np.ndarray], np.ndarray]:
-    """Cuts [R, ...] to the iterations of one call, padded as `decode_state.chunks` pads rows."""
+    """Cuts [R, ...] to the iterations of one call, padded as `state_lib.chunks` pads rows."""
 
     def cut(x: np.ndarray) -> np.ndarray:
       pad = self.chunk - (end - start)
@@ -186,7 +187,7 @@ def generate(
   ids = np.arange(batch) if image_ids is None else _array("image_ids", image_ids, (batch,), "iu")
   if ((ids < 0) | (ids >= 2**32)).any():
     raise ValueError(f"image_ids: found {ids.min()} to {ids.max()}, expected 0 to 2**32 - 1")
-  keys = decode_state.image_keys(key, jnp.asarray(ids, jnp.uint32))
+  keys = state_lib.image_keys(key, jnp.asarray(ids, jnp.uint32))
   plan = make_plan(config, sample_config, count_known(config, batch, known))
   recorded = None
   if noise is not None:
@@ -221,7 +222,7 @@ def initial_state(
 ) -> DecodeState:
   """Tokens and order before the first iteration, without caches.
 
-  Arguments and errors as in `generate`; keys [B] of `decode_state.image_keys`. An order that was
+  Arguments and errors as in `generate`; keys [B] of `state_lib.image_keys`. An order that was
   given is taken as it is, but for known tokens; others follow the plan's rule.
   """
   config = plan.config
@@ -232,7 +233,7 @@ def initial_state(
     order = _array("order", order, (batch, s), "iu")
     if not (np.sort(order, axis=1) == np.arange(s)).all():
       raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
-  order = jnp.asarray(order, jnp.int32) if given else decode_state.random_order(keys, s)
+  order = jnp.asarray(order, jnp.int32) if given else state_lib.random_order(keys, s)
   if known is not None:
     count_known(config, batch, known)
     values = _array("known[0]", known[0], (batch, s, c), "f")
@@ -241,7 +242,7 @@ def initial_state(
     last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
     order = jnp.take_along_axis(order, last, axis=1)
     tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
-  return DecodeState(tokens, order if given else decode_state.arrange(plan, order))
+  return DecodeState(tokens, order if given else state_lib.arrange(plan, order))
 
 
 def check_labels(labels: Any, config: ModelConfig) -> np.ndarray:

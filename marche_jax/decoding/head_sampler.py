@@ -15,10 +15,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from marche_jax import diffusion
 from marche_jax.config import ModelConfig
-from marche_jax.head_schedule import CachedSteps
+from marche_jax.models import diffusion
 from marche_jax.models.head import Head, modulate, normalize
+from marche_jax.planning.head_schedule import CachedSteps
 
 MODULATION_ROWS = 256
 """Rows (diffusion steps times tokens) of a modulation product up to which steps are taken together.

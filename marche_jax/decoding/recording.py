@@ -1,7 +1,7 @@
 """What decoding did, recorded for whoever looks at it (`trace.py`, tests).
 
 `sampler.decode` records only where it is asked to; otherwise nothing of this is in the program.
-Shapes as in `decode_state.py`; H guidance halves of z, P tokens predicted.
+Shapes as in `state.py`; H guidance halves of z, P tokens predicted.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.config import ModelConfig
-from marche_jax.decode_state import Rows
-from marche_jax.transformer import Recomputed
+from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.decoding.state import Rows
+from marche_jax.decoding.transformer import Recomputed
 
 
 @flax.struct.dataclass

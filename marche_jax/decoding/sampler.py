@@ -27,9 +27,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from marche_jax import head_sampler
 from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig
-from marche_jax.decode_state import (
+from marche_jax.decoding import head_sampler
+from marche_jax.decoding.recording import Trace, empty_trace, record
+from marche_jax.decoding.stack import take
+from marche_jax.decoding.state import (
   NOISE_STREAM,
   DecodeState,
   Inputs,
@@ -38,12 +40,10 @@ from marche_jax.decode_state import (
   Tables,
   state_specs,
 )
+from marche_jax.decoding.transformer import Transformer, apply_difference
 from marche_jax.models.mar import Params
-from marche_jax.plan import DecodePlan
-from marche_jax.recording import Trace, empty_trace, record
-from marche_jax.shapes import HeadShape, StepShape
-from marche_jax.stack import take
-from marche_jax.transformer import Transformer, apply_difference
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.shapes import HeadShape, StepShape
 
 
 def sample_tokens(

@@ -31,9 +31,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from marche_jax.cache import KVCache, merged_attention
+from marche_jax.decoding.cache import KVCache, merged_attention
 from marche_jax.models.mar import Block, Params, attention_output, attention_weights
-from marche_jax.shapes import StackShape
+from marche_jax.planning.shapes import StackShape
 
 
 @flax.struct.dataclass

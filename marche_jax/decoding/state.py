@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from marche_jax import diffusion
-from marche_jax.cache import KVCache, empty_cache
-from marche_jax.plan import DecodePlan
+from marche_jax.decoding.cache import KVCache, empty_cache
+from marche_jax.models import diffusion
+from marche_jax.planning.plan import DecodePlan
 
 # Streams of an image's random numbers.
 ORDER_STREAM, NOISE_STREAM = 0, 1

@@ -1,6 +1,6 @@
 """The encoder and the decoder of one iteration, over a state and its caches.
 
-Steps 1 and 2 of `sampler.py`, which says what they are for. Shapes as in `decode_state.py`, and
+Steps 1 and 2 of `sampler.py`, which says what they are for. Shapes as in `state.py`, and
 A tokens recomputed, H guidance halves of z, P tokens predicted.
 """
 
@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from marche_jax.config import ModelConfig
-from marche_jax.decode_state import DecodeState, Rows
+from marche_jax.decoding.stack import Span, run_stack, take
+from marche_jax.decoding.state import DecodeState, Rows
 from marche_jax.models.mar import MAR, Params, make_block
-from marche_jax.shapes import StackShape, StepShape
-from marche_jax.stack import Span, run_stack, take
+from marche_jax.planning.shapes import StackShape, StepShape
 
 
 class Recomputed(NamedTuple):

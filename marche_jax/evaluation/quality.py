@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
 import zipfile
 from typing import Any
 
@@ -22,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from marche_jax.images import atomic_write
+from marche_jax.embedded import DIRECTORY
+from marche_jax.files import atomic_write
 
 IMAGE_SHAPE = (28, 28, 1)
 NUM_CLASSES = 10
 NUM_FEATURES = 128
-CLASSIFIER_FILE = pathlib.Path(__file__).parent / "embedded" / "classifier.npz"
+CLASSIFIER_FILE = DIRECTORY / "classifier.npz"
 _BATCH = 256  # images per compiled step
 _WEIGHT = "weight/"  # prefix of the weights' names in the file
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 
 from marche_jax.config import ModelConfig
-from marche_jax.head_schedule import CachedSteps
-from marche_jax.shapes import HeadShape, StackShape, StepShape
+from marche_jax.planning.head_schedule import CachedSteps
+from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
 
 @dataclasses.dataclass(frozen=True)

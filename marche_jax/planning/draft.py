@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig, SampleConfig
-from marche_jax.diffusion import log_snr_timesteps, make_process, respaced_timesteps
-from marche_jax.grouping import group_shapes
-from marche_jax.plan import DecodePlan, Row
-from marche_jax.shapes import HeadShape, StackShape, StepShape
+from marche_jax.models.diffusion import log_snr_timesteps, make_process, respaced_timesteps
+from marche_jax.planning.grouping import group_shapes
+from marche_jax.planning.plan import DecodePlan, Row
+from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
 
 @dataclasses.dataclass(frozen=True)

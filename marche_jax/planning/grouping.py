@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from marche_jax import cost
 from marche_jax.config import ModelConfig
-from marche_jax.shapes import StackShape, StepShape, places
+from marche_jax.planning import cost
+from marche_jax.planning.shapes import StackShape, StepShape, places
 
 MAX_PADDING = 1.2
 """Padded over exact tokens in encoder and head above which a plan gets another step shape."""

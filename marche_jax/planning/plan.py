@@ -1,9 +1,9 @@
 """The DecodePlan: everything about a decoding run that is decided on the host.
 
 A plan is a list of rows, one per iteration, and a few distinct **step shapes**, the static part of
-a row. It is numpy in float64; nothing here is traced. Policies (`marche_jax.policies`) edit a
-`draft.Draft`, which knows no padding; `draft.build` groups its steps into shapes. The sampler folds
-the rows over a `DecodeState` and branches on step shapes, never on a policy's name.
+a row. It is numpy in float64; nothing here is traced. Policies (`policies/`) edit a `draft.Draft`,
+which knows no padding; `draft.build` groups its steps into shapes. The sampler folds the rows over
+a `DecodeState` and branches on step shapes, never on a policy's name.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import dataclasses
 
 import numpy as np
 
-from marche_jax import cost
 from marche_jax.config import ModelConfig
-from marche_jax.diffusion import Process
-from marche_jax.shapes import StackShape, StepShape, describe, places
+from marche_jax.models.diffusion import Process
+from marche_jax.planning import cost
+from marche_jax.planning.shapes import StackShape, StepShape, describe, places
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pathlib
 import numpy as np
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.images import atomic_write
-from marche_jax.policies import parse_policy
+from marche_jax.files import atomic_write
+from marche_jax.planning.policies import parse_policy
 
 FORMAT = "marche_jax refresh plan, version 2"
 

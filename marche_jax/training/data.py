@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 from marche_jax.config import ModelConfig
-from marche_jax.sources import Source, image_channels
+from marche_jax.training.sources import Source, image_channels
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):

@@ -9,8 +9,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from marche_jax import diffusion
 from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig
+from marche_jax.models import diffusion
 from marche_jax.models.mar import MAR
 
 MASK_RATIO_STD = 0.25

@@ -29,11 +29,11 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from marche_jax import data as data_lib
-from marche_jax import losses, sources
 from marche_jax.config import Config, ModelConfig, TrainConfig
-from marche_jax.images import atomic_write
+from marche_jax.files import atomic_write
 from marche_jax.models import mar, vae
+from marche_jax.training import data as data_lib
+from marche_jax.training import losses, sources
 
 STACKED = ("encoder_blocks", "decoder_blocks")
 METRICS = ("step", "epoch", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second")

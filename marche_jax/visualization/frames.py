@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 
 # Of each activity code: Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = np.zeros((5, 3), np.uint8)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from marche_jax.images import GAP, atomic_write, grid
+from marche_jax.files import atomic_write
+from marche_jax.images import GAP, grid
 
 DPI = 150
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"

@@ -22,17 +22,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from marche_jax import decode_state, frames, generation, sampler
-from marche_jax.activity import REFRESHED, UNSEEN, Activity
-from marche_jax.checkpoint import Model
 from marche_jax.config import SampleConfig
-from marche_jax.decode_state import Inputs
-from marche_jax.images import atomic_write
+from marche_jax.decoding import generation, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.activity import REFRESHED, UNSEEN, Activity
+from marche_jax.decoding.recording import Trace
+from marche_jax.decoding.state import Inputs
+from marche_jax.files import atomic_write
 from marche_jax.models.mar import Params, inference_params, unpatchify
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
-from marche_jax.recording import Trace
-from marche_jax.shapes import StackShape
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
+from marche_jax.planning.shapes import StackShape
+from marche_jax.visualization import frames
+from marche_jax.weights.checkpoint import Model
 
 PICTURES = 12
 """PNG files per image, at most, unless `--trace_every` asks for others."""
@@ -118,13 +120,13 @@ def record(
     NonFiniteLatentsError: names the iteration.
   """
   ids = jnp.asarray(image_ids, jnp.uint32)
-  keys = decode_state.image_keys(decode_state.run_key(seed), ids)
+  keys = state_lib.image_keys(state_lib.run_key(seed), ids)
   state = generation.Decoder(plan, dtype=dtype).start(keys)
   place = np.asarray(state.order)[:, ::-1]
-  rows, tables = decode_state.plan_rows(plan)
+  rows, tables = state_lib.plan_rows(plan)
   parts: list[Trace] = []
   done = 0
-  for end, chunk in decode_state.chunks(rows, min(CHUNK, len(plan.rows))):
+  for end, chunk in state_lib.chunks(rows, min(CHUNK, len(plan.rows))):
     state, finite, trace = sampler.jitted_decode(
       params, state, chunk, tables, Inputs(labels, keys), config=plan.config,
       shapes=plan.shapes, dtype=dtype, head_dtype=dtype, trace=True,

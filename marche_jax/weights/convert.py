@@ -27,9 +27,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from marche_jax import checkpoint
-from marche_jax.checkpoint import PathLike
 from marche_jax.models import vae
+from marche_jax.weights import checkpoint
+from marche_jax.weights.checkpoint import PathLike
 
 MAX_LISTED_PROBLEMS = 10
 

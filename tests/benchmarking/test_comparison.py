@@ -15,11 +15,13 @@ import pytest
 import tiny
 
 import marche_jax
-from marche_jax import comparison, generation, quality, tables
 from marche_jax.benchmark import random_params
-from marche_jax.checkpoint import Model
-from marche_jax.comparison import Drawn, Settings
-from marche_jax.entries import Entry, parse_entries
+from marche_jax.benchmarking import comparison, tables
+from marche_jax.benchmarking.comparison import Drawn, Settings
+from marche_jax.benchmarking.entries import Entry, parse_entries
+from marche_jax.decoding import generation
+from marche_jax.evaluation import quality
+from marche_jax.weights.checkpoint import Model
 
 SETTINGS = Settings(num_images=6, batch_size=2, seed=3)
 

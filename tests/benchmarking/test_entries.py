@@ -7,9 +7,16 @@ import dataclasses
 import pytest
 import tiny
 
+from marche_jax.benchmarking.entries import (
+  ALL,
+  FIELDS,
+  all_entries,
+  baseline,
+  parse_entries,
+  parse_value,
+)
 from marche_jax.config import SampleConfig
-from marche_jax.entries import ALL, FIELDS, all_entries, baseline, parse_entries, parse_value
-from marche_jax.policies import POLICIES, check_fields, make_plan
+from marche_jax.planning.policies import POLICIES, check_fields, make_plan
 
 
 def test_an_entry_changes_what_it_names_and_nothing_else() -> None:

@@ -11,11 +11,12 @@ import pytest
 import tiny
 from PIL import Image
 
-from marche_jax import plots, profiling, speed, tables
 from marche_jax.benchmark import random_params
-from marche_jax.decode_state import IDLE
-from marche_jax.entries import Entry, parse_entries
-from marche_jax.timing import Options
+from marche_jax.benchmarking import profiling, speed, tables
+from marche_jax.benchmarking.entries import Entry, parse_entries
+from marche_jax.benchmarking.timing import Options
+from marche_jax.decoding.state import IDLE
+from marche_jax.visualization import plots
 
 NAMES = ["marche", "full", "gtr:num_iter=2"]
 SECONDS = {"full": [8.0, 9.0, 10.0], "marche": [4.0, 3.0, 5.0], "gtr:num_iter=2": [2.0, 2.0, 2.0]}

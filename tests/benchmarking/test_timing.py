@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from marche_jax import timing
 from marche_jax.benchmark import random_params
-from marche_jax.decode_state import IDLE
-from marche_jax.entries import parse_entries
-from marche_jax.policies import make_plan
-from marche_jax.timing import Options, Program
+from marche_jax.benchmarking import timing
+from marche_jax.benchmarking.entries import parse_entries
+from marche_jax.benchmarking.timing import Options, Program
+from marche_jax.decoding.state import IDLE
+from marche_jax.planning.policies import make_plan
 
 
 def test_runs_take_turns() -> None:

@@ -11,7 +11,7 @@ from golden import quick_jit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax.cache import KVCache, empty_cache, merged_attention
+from marche_jax.decoding.cache import KVCache, empty_cache, merged_attention
 from marche_jax.models.mar import attention_output, attention_weights
 
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 2e-2}

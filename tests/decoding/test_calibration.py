@@ -19,11 +19,14 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import calibration, checkpoint, generation, plan_file, sample, sampler
-from marche_jax.checkpoint import Model
-from marche_jax.entries import parse_entries
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
+from marche_jax import sample
+from marche_jax.benchmarking.entries import parse_entries
+from marche_jax.decoding import calibration, generation, sampler
+from marche_jax.planning import plan_file
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
+from marche_jax.weights import checkpoint
+from marche_jax.weights.checkpoint import Model
 
 MARCHE = dataclasses.replace(tiny.SAMPLE, policy="marche", num_iter=8, num_sampling_steps=2)
 BUFFER, SIZE = tiny.MODEL.buffer_size, tiny.MODEL.seq_len

@@ -17,12 +17,14 @@ from golden import error, load
 from golden import exact_matmuls as exact_matmuls
 from rule import rule_weights
 
-from marche_jax import convert, decode_state, sampler
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decode_state import Inputs
+from marche_jax.decoding import sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import Inputs
 from marche_jax.models import mar
 from marche_jax.models.mar import MAR
-from marche_jax.policies import make_plan
+from marche_jax.planning.policies import make_plan
+from marche_jax.weights import convert
 
 pytestmark = pytest.mark.slow
 
@@ -100,16 +102,14 @@ def test_teacher_forced_decoding_parity(params, policy):
   np.testing.assert_array_equal(
     np.asarray([row.cfg for row in plan.rows], np.float32), g["cfg_per_iter"]
   )
-  rows, tables = decode_state.plan_rows(plan)
-  order = decode_state.arrange(plan, g["order"])
+  rows, tables = state_lib.plan_rows(plan)
+  order = state_lib.arrange(plan, g["order"])
   state, _, trace = sampler.jitted_decode(
     params,
-    decode_state.empty_state(plan, np.zeros_like(g["tokens"]), order, jnp.float32),
+    state_lib.empty_state(plan, np.zeros_like(g["tokens"]), order, jnp.float32),
     rows,
     tables,
-    Inputs(
-      g["labels"], decode_state.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]
-    ),
+    Inputs(g["labels"], state_lib.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]),
     config=CONFIG,
     shapes=plan.shapes,
     trace=True,
@@ -127,13 +127,13 @@ def test_teacher_forced_decoding_parity(params, policy):
 def compiled(plan, batch):
   """Memory of the sampler compiled from shapes alone, and the bytes of its weights."""
   weights = mar.abstract_params(CONFIG)
-  rows, tables = decode_state.plan_rows(plan)
+  rows, tables = state_lib.plan_rows(plan)
 
   def start():
     tokens = jnp.zeros((batch, CONFIG.seq_len, CONFIG.token_dim))
     order = jnp.zeros((batch, CONFIG.seq_len), jnp.int32)
-    keys = decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
-    state = decode_state.empty_state(plan, tokens, order, jnp.float32)
+    keys = state_lib.image_keys(jax.random.key(0), jnp.arange(batch))
+    state = state_lib.empty_state(plan, tokens, order, jnp.float32)
     return state, Inputs(jnp.zeros(batch, jnp.int32), keys)
 
   state, inputs = jax.eval_shape(start)

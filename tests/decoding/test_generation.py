@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from marche_jax import generation, images
-from marche_jax.checkpoint import Model
+from marche_jax import images
 from marche_jax.config import VAEConfig
+from marche_jax.decoding import generation
 from marche_jax.models import mar, vae
+from marche_jax.weights.checkpoint import Model
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,14 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marche_jax import decode_state, diffusion, head_sampler, sampler
 from marche_jax.config import ModelConfig
-from marche_jax.decode_state import Inputs, Rows, Tables
-from marche_jax.diffusion import make_process
-from marche_jax.head_schedule import INTERVAL, RECOMPUTE_ABOVE, CachedSteps
-from marche_jax.shapes import HeadShape
+from marche_jax.decoding import head_sampler, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import Inputs, Rows, Tables
+from marche_jax.models import diffusion
+from marche_jax.models.diffusion import make_process
+from marche_jax.planning.head_schedule import INTERVAL, RECOMPUTE_ABOVE, CachedSteps
+from marche_jax.planning.shapes import HeadShape
 
 STEPS = 27  # some cached steps recompute, others do not
 MODEL = ModelConfig(
@@ -262,7 +264,7 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
   padded = [jax.tree.map(lambda x: np.pad(x, (0, 5 - len(x))), p.coefficients()) for p in processes]
   tables = Tables(jax.tree.map(lambda *x: np.stack(x), *padded), np.float32(1))
   zero = {f.name: np.int32(0) for f in dataclasses.fields(Rows)}
-  keys = decode_state.image_keys(jax.random.key(0), jnp.arange(2))
+  keys = state_lib.image_keys(jax.random.key(0), jnp.arange(2))
   predict = np.random.default_rng(1).permuted(np.tile(np.arange(16), (2, 1)), axis=1)[:, :places]
   z = np.random.default_rng(2).standard_normal((2, 2, places, 12)).astype(np.float32)
   z[:, :, valid:] *= 100  # most detail of all, but there is no token

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -18,13 +19,14 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marche_jax import decode_state, diffusion, head_sampler, sampler
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decode_state import DecodeState, Inputs, Noise, Rows
-from marche_jax.models import mar
+from marche_jax.decoding import head_sampler, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import DecodeState, Inputs, Noise, Rows
+from marche_jax.models import diffusion, mar
 from marche_jax.models.head import Head
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the reference's standard deviation
 
@@ -47,8 +49,8 @@ def params():
 def run(params, image_ids, labels, sample=SAMPLE, **kwargs):
   """All rows of a plan for some images of the run KEY: (state, finite, trace)."""
   plan = make_plan(SMALL, sample)
-  rows, tables = decode_state.plan_rows(plan)
-  keys = decode_state.image_keys(KEY, np.asarray(image_ids))
+  rows, tables = state_lib.plan_rows(plan)
+  keys = state_lib.image_keys(KEY, np.asarray(image_ids))
   inputs = Inputs(np.asarray(labels), keys)
   return decode(
     params, start(keys, plan), rows, tables, inputs, config=SMALL, shapes=plan.shapes, **kwargs
@@ -59,8 +61,8 @@ def start(keys, plan: DecodePlan | None = None) -> DecodeState:
   """The state before the first iteration, by default of the policy full."""
   tokens = np.zeros((len(keys), SMALL.seq_len, SMALL.token_dim), np.float32)
   plan = make_plan(SMALL, SAMPLE) if plan is None else plan
-  order = decode_state.arrange(plan, decode_state.random_order(keys, SMALL.seq_len))
-  return decode_state.empty_state(plan, tokens, order, jnp.float32)
+  order = state_lib.arrange(plan, state_lib.random_order(keys, SMALL.seq_len))
+  return state_lib.empty_state(plan, tokens, order, jnp.float32)
 
 
 # ---- recorded runs
@@ -82,17 +84,17 @@ def test_replay(name, fields):
   config, params = golden.model(name.split("/")[0])
   sample, g = golden.sampling_run(name)
   plan = make_plan(config, dataclasses.replace(sample, **fields))
-  rows, tables = decode_state.plan_rows(plan)
+  rows, tables = state_lib.plan_rows(plan)
   batch = len(g["labels"])
   empty = np.zeros((batch, config.seq_len, config.token_dim), np.float32)
   state, finite, trace = sampler.jitted_decode(
     params,
-    decode_state.empty_state(plan, empty, g["orders"], jnp.float32),
+    state_lib.empty_state(plan, empty, g["orders"], jnp.float32),
     rows,
     tables,
     Inputs(
       g["labels"],
-      decode_state.image_keys(jax.random.key(0), np.arange(batch)),
+      state_lib.image_keys(jax.random.key(0), np.arange(batch)),
       Noise(g["init_noise"], g["step_noise"]),
     ),
     config=config,
@@ -197,8 +199,8 @@ def test_noise_depends_on_image_position_and_timestep_alone(params):
 
 
 def test_orders_are_permutations_and_differ(params):
-  keys = decode_state.image_keys(KEY, np.arange(200))
-  orders = np.asarray(decode_state.random_order(keys, SMALL.seq_len))
+  keys = state_lib.image_keys(KEY, np.arange(200))
+  orders = np.asarray(state_lib.random_order(keys, SMALL.seq_len))
   np.testing.assert_array_equal(np.sort(orders, axis=1), np.tile(np.arange(16), (200, 1)))
   assert len({tuple(order) for order in orders}) == 200
   first = np.bincount(orders[:, 0], minlength=16)
@@ -221,7 +223,7 @@ def test_a_broken_image_is_named_and_spoils_no_other(params):
 @given(st.integers(1, 40), st.integers(1, 50))
 def test_chunks_hold_all_rows_once(total, size):
   fields = {f.name: np.arange(total) for f in dataclasses.fields(Rows)}
-  parts = list(decode_state.chunks(Rows(**fields), size))
+  parts = list(state_lib.chunks(Rows(**fields), size))
   assert [end for end, _ in parts] == [min(i + size, total) for i in range(0, total, size)]
   assert all(len(leaf) == size for _, part in parts for leaf in jax.tree.leaves(part))
   shapes = np.concatenate([part.shape for _, part in parts])
@@ -235,10 +237,10 @@ def test_chunks_decode_the_same(params):
   ids, labels = [2, 7], np.asarray([5, 6])
   whole, _, _ = run(params, ids, labels)
   plan = make_plan(SMALL, SAMPLE)
-  rows, tables = decode_state.plan_rows(plan)
-  keys = decode_state.image_keys(KEY, np.asarray(ids))
+  rows, tables = state_lib.plan_rows(plan)
+  keys = state_lib.image_keys(KEY, np.asarray(ids))
   state, inputs = start(keys), Inputs(labels, keys)
-  for _, part in decode_state.chunks(rows, 2):  # the second is padded by one row
+  for _, part in state_lib.chunks(rows, 2):  # the second is padded by one row
     state, finite, _ = decode(params, state, part, tables, inputs, config=SMALL, shapes=plan.shapes)
     assert finite.shape == (2, 2) and finite.all()
   assert error(state.tokens, np.asarray(whole.tokens)) <= 1e-5
@@ -246,9 +248,9 @@ def test_chunks_decode_the_same(params):
 
 def test_known_tokens_stay_and_a_teacher_replaces_the_rest(params):
   plan = make_plan(SMALL, SAMPLE, num_known=6)
-  rows, tables = decode_state.plan_rows(plan)
-  keys = decode_state.image_keys(KEY, np.arange(2))
-  order = np.asarray(decode_state.random_order(keys, SMALL.seq_len))
+  rows, tables = state_lib.plan_rows(plan)
+  keys = state_lib.image_keys(KEY, np.arange(2))
+  order = np.asarray(state_lib.random_order(keys, SMALL.seq_len))
   rng = np.random.default_rng(0)
   tokens, teacher = rng.standard_normal((2, 2, SMALL.seq_len, SMALL.token_dim), np.float32)
   known = np.zeros((2, SMALL.seq_len), bool)
@@ -295,11 +297,11 @@ def test_bfloat16_is_a_rounding_away(params):
 SHARDED = """
 import dataclasses, sys
 import jax, numpy as np
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 import golden, test_sampler as t
-from marche_jax import decode_state, sampler
-from marche_jax.decode_state import Inputs
-from marche_jax.generation import Decoder
+from marche_jax.decoding import sampler, state as state_lib
+from marche_jax.decoding.state import Inputs
+from marche_jax.decoding.generation import Decoder
 assert len(jax.devices()) == 2
 params, ids, labels = golden.random_params(t.SMALL), np.arange(4), np.asarray([3, 3, 5, 6])
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -307,8 +309,8 @@ for policy in ("full", "marche"):
   sample = dataclasses.replace(t.SAMPLE, policy=policy, active_size=9, selection="carried",
                                select_layer=1, num_iter=4)
   plan = t.make_plan(t.SMALL, sample)
-  rows, tables = decode_state.plan_rows(plan)
-  keys = decode_state.image_keys(t.KEY, ids)
+  rows, tables = state_lib.plan_rows(plan)
+  keys = state_lib.image_keys(t.KEY, ids)
   state = Decoder(plan, mesh=mesh).start(keys)
   with jax.default_matmul_precision("highest"):
     whole, _, _ = t.run(params, ids, labels, sample)
@@ -341,7 +343,8 @@ def test_two_devices_decode_the_same():
   """In a process of its own, since the number of devices is fixed when jax starts."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
   env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-  command = [sys.executable, "-c", SHARDED, str(golden.DATA.parent)]
+  here = pathlib.Path(__file__).parent
+  command = [sys.executable, "-c", SHARDED, str(here), str(here.parent)]
   done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
   assert done.returncode == 0, done.stderr
   assert done.stdout.endswith("sharded as unsharded\n")
@@ -349,8 +352,8 @@ def test_two_devices_decode_the_same():
 
 def test_program_does_not_grow_with_depth():
   plan = make_plan(SMALL, SAMPLE)
-  rows, tables = decode_state.plan_rows(plan)
-  keys = decode_state.image_keys(KEY, np.arange(2))
+  rows, tables = state_lib.plan_rows(plan)
+  keys = state_lib.image_keys(KEY, np.arange(2))
   arguments = start(keys), rows, tables, Inputs(np.asarray([0, 1]), keys)
 
   def size(depth: int) -> int:

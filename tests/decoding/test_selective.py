@@ -13,14 +13,16 @@ import pytest
 from golden import error, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
-from marche_jax import decode_state, generation, grouping, sampler
-from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decode_state import DecodeState, Inputs, Noise
+from marche_jax.decoding import generation, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.decoding.recording import Trace
+from marche_jax.decoding.state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
-from marche_jax.recording import Trace
+from marche_jax.planning import grouping
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the standard deviation: whole runs,
 Z_TOLERANCE = 1e-4  # and z of an iteration whose known tokens are the recorded ones
@@ -69,14 +71,12 @@ class Recorded:
         for r in found.rows
       ),
     )
-    self.rows, self.tables = decode_state.plan_rows(self.plan)
+    self.rows, self.tables = state_lib.plan_rows(self.plan)
 
   def start(self) -> DecodeState:
     batch = len(self.golden["labels"])
     tokens = jnp.zeros((batch, self.config.seq_len, self.config.token_dim))
-    return decode_state.empty_state(
-      self.plan, tokens, jnp.asarray(self.golden["orders"]), jnp.float32
-    )
+    return state_lib.empty_state(self.plan, tokens, jnp.asarray(self.golden["orders"]), jnp.float32)
 
   def step(self, state: DecodeState, k: int) -> tuple[DecodeState, Trace]:
     g, batch = self.golden, len(self.golden["labels"])
@@ -88,7 +88,7 @@ class Recorded:
       self.tables,
       Inputs(
         g["labels"],
-        decode_state.image_keys(KEY, np.arange(batch)),
+        state_lib.image_keys(KEY, np.arange(batch)),
         Noise(g["init_noise"][one], g["step_noise"][one]),
       ),
       config=self.config,
@@ -171,18 +171,18 @@ class FullRefresh:
     self.row = found.rows[self.NUMBER]
     assert found.shapes[self.row.shape].decoder.active is None
     assert found.rows[self.NUMBER - 1].decoder_active == 8
-    rows, tables = decode_state.plan_rows(found)
+    rows, tables = state_lib.plan_rows(found)
     self.labels, self.batch = g["labels"], len(g["labels"])
     tokens = jnp.zeros((self.batch, self.config.seq_len, self.config.token_dim))
-    state = decode_state.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
-    keys = decode_state.image_keys(KEY, np.arange(self.batch))
+    state = state_lib.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
+    keys = state_lib.image_keys(KEY, np.arange(self.batch))
     inputs = Inputs(self.labels, keys, teacher=g["sampled"].sum(axis=0))
     run = functools.partial(decode, config=self.config, shapes=found.shapes)
     first = jax.tree.map(lambda x: x[: self.NUMBER], rows)
     self.before, _, _ = run(self.params, state, first, tables, inputs)
     pad = (0, self.NUMBER - 1)
     one = jax.tree.map(lambda x: np.pad(x[self.NUMBER : self.NUMBER + 1], pad), rows)
-    one.shape[1:] = decode_state.IDLE  # the same program
+    one.shape[1:] = state_lib.IDLE  # the same program
     self.after, _, _ = run(self.params, self.before, one, tables, inputs)
     self.positions = np.asarray(g["orders"])[:, ::-1]
 
@@ -259,7 +259,7 @@ class Run:
     fields = {"num_sampling_steps": 4, "max_timestep": 500, "cfg": 2.0, "policy": policy, **fields}
     self.plan = small_plan(SMALL, SampleConfig(**fields), self.num_known)
     self.params = golden.random_params(SMALL)
-    self.rows, self.tables = decode_state.plan_rows(self.plan)
+    self.rows, self.tables = state_lib.plan_rows(self.plan)
 
   def known(self, image: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens [S, C], mask [S]) of an image, others for each."""
@@ -270,11 +270,11 @@ class Run:
 
   def __call__(self, ids: list[int], teacher=None, trace=True, **static):
     """(order, final tokens, trace) of some images; an image's label is its number modulo 8."""
-    keys = decode_state.image_keys(KEY, np.asarray(ids))
+    keys = state_lib.image_keys(KEY, np.asarray(ids))
     known = tuple(np.stack(x) for x in zip(*map(self.known, ids)))
     first = generation.initial_state(self.plan, keys, known=known if self.num_known else None)
     dtype = static.get("dtype", jnp.float32)
-    state = decode_state.empty_state(self.plan, first.tokens, first.order, dtype)
+    state = state_lib.empty_state(self.plan, first.tokens, first.order, dtype)
     inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
     static = {"config": SMALL, "shapes": self.plan.shapes, "trace": trace, **static}
     state, finite, found = decode(self.params, state, self.rows, self.tables, inputs, **static)
@@ -379,13 +379,13 @@ def test_temporary_memory_holds_no_second_cache():
   compiled = quick_jit(sampler.decode, static_argnames=sampler.STATIC, donate_argnums=1)
   for policy in ("full", "marche"):
     found = small_plan(config, SampleConfig(num_iter=8, num_sampling_steps=4, policy=policy))
-    rows, tables = decode_state.plan_rows(found)
+    rows, tables = state_lib.plan_rows(found)
 
     def start(found: DecodePlan = found):
       tokens = jnp.zeros((batch, config.seq_len, config.token_dim))
       order = jnp.zeros((batch, config.seq_len), jnp.int32)
-      keys = decode_state.image_keys(KEY, jnp.arange(batch))
-      state = decode_state.empty_state(found, tokens, order, jnp.float32)
+      keys = state_lib.image_keys(KEY, jnp.arange(batch))
+      state = state_lib.empty_state(found, tokens, order, jnp.float32)
       return state, Inputs(jnp.zeros(batch, jnp.int32), keys)
 
     state, inputs = jax.eval_shape(start)

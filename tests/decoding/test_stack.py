@@ -15,12 +15,12 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import stack
-from marche_jax.cache import KVCache
 from marche_jax.config import ModelConfig
+from marche_jax.decoding import stack
+from marche_jax.decoding.cache import KVCache
+from marche_jax.decoding.stack import Span
 from marche_jax.models.mar import attention_weights, make_block
-from marche_jax.shapes import StackShape
-from marche_jax.stack import Span
+from marche_jax.planning.shapes import StackShape
 
 CONFIG = ModelConfig(
   img_size=32, vae_stride=8, encoder_embed_dim=16, encoder_depth=4, encoder_num_heads=2,

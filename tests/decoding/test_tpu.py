@@ -22,12 +22,13 @@ import tiny
 import tpu_compile
 from golden import random_params
 
-from marche_jax import head_sampler
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.decoding import head_sampler
 from marche_jax.models.mar import MAR, inference_params
-from marche_jax.policies import make_plan
+from marche_jax.planning.policies import make_plan
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
+COMPILE = "tests/decoding/tpu_compile.py"
 CHIP_BYTES = 16 * 2**30  # memory of a v5e chip
 
 
@@ -44,7 +45,7 @@ def _compile(config: str, batch_per_chip: int, *options: str) -> dict[str, Any]:
     "PYTHONPATH": str(ROOT),
   }
   done = subprocess.run(
-    [python, "tests/tpu_compile.py", f"configs/{config}.py", str(batch_per_chip), *options],
+    [python, COMPILE, f"configs/{config}.py", str(batch_per_chip), *options],
     cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-4000:]

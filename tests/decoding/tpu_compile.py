@@ -3,7 +3,8 @@
 `test_tpu.py` runs this as a process of its own, with a Python that has the extra `tpu-aot`: the
 compiler in libtpu must not be seen by a process that computes on another backend. By hand:
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tests/tpu_compile.py configs/mar_base.py 64
+    export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
+    python tests/decoding/tpu_compile.py configs/mar_base.py 64
 """
 
 from __future__ import annotations
@@ -23,13 +24,15 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from marche_jax import cost, decode_state, head_sampler, sampler
 from marche_jax.config import SampleConfig, freeze
-from marche_jax.decode_state import Inputs
+from marche_jax.decoding import head_sampler, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import Inputs
 from marche_jax.models.mar import abstract_params, inference_params
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
-from marche_jax.shapes import StepShape
+from marche_jax.planning import cost
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
+from marche_jax.planning.shapes import StepShape
 
 TOPOLOGY = "v5e:2x4"
 COLLECTIVES = (
@@ -76,23 +79,23 @@ class Request:
     params = jax.eval_shape(
       functools.partial(inference_params, dtype=jnp.bfloat16), abstract_params(config)
     )
-    rows, tables = decode_state.plan_rows(plan)
+    rows, tables = state_lib.plan_rows(plan)
     if shapes is not None:
       rows = jax.tree.map(lambda x: x[:1], rows)
     state, inputs = jax.eval_shape(
       lambda: (
-        decode_state.empty_state(
+        state_lib.empty_state(
           plan,
           jnp.zeros((batch, config.seq_len, config.token_dim)),
           jnp.zeros((batch, config.seq_len), jnp.int32),
           jnp.bfloat16,
         ),
         Inputs(
-          jnp.zeros(batch, jnp.int32), decode_state.image_keys(jax.random.key(0), jnp.arange(batch))
+          jnp.zeros(batch, jnp.int32), state_lib.image_keys(jax.random.key(0), jnp.arange(batch))
         ),
       )
     )
-    state = jax.tree.map(give, state, decode_state.state_specs(plan, "data"))
+    state = jax.tree.map(give, state, state_lib.state_specs(plan, "data"))
     inputs = jax.tree.map(lambda x: give(x, PartitionSpec("data")), inputs)
     decode = sampler.sharded_decode(
       self.mesh, plan, shapes=shapes or plan.shapes, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16

@@ -14,11 +14,11 @@ import sys
 import numpy as np
 import pytest
 
-from marche_jax import quality
 from marche_jax.config import DataConfig, ModelConfig
-from marche_jax.sources import FASHION_MNIST, open_source
+from marche_jax.evaluation import quality
+from marche_jax.training.sources import FASHION_MNIST, open_source
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "train_classifier.py"
 
 

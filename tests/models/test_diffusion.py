@@ -13,8 +13,8 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from marche_jax import diffusion
-from marche_jax.diffusion import make_process, respaced_timesteps
+from marche_jax.models import diffusion
+from marche_jax.models.diffusion import make_process, respaced_timesteps
 
 TABLE_TOLERANCE = 1e-12
 

@@ -13,9 +13,8 @@ import pytest
 from golden import error, load, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
-from marche_jax import diffusion
 from marche_jax.config import ModelConfig
-from marche_jax.models import mar
+from marche_jax.models import diffusion, mar
 from marche_jax.models.head import Head
 from marche_jax.models.mar import MAR, abstract_params, patchify, unpatchify
 

@@ -16,7 +16,7 @@ from rule import rule_weights
 from marche_jax.config import VAEConfig
 from marche_jax.models import vae
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 TINY = VAEConfig(**json.loads((DATA / "vae_tiny" / "config.json").read_text()))
 TOLERANCE = 1e-4  # maximum absolute error over the reference's standard deviation
 

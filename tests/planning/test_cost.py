@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 from jax.extend import core
 
-from marche_jax import cost, decode_state, head_sampler, sampler
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decode_state import Inputs, Rows, Tables
-from marche_jax.diffusion import make_process
+from marche_jax.decoding import head_sampler, sampler
+from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.state import Inputs, Rows, Tables
+from marche_jax.decoding.transformer import Transformer
+from marche_jax.models.diffusion import make_process
 from marche_jax.models.mar import abstract_params
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
-from marche_jax.shapes import HeadShape, StackShape, StepShape
-from marche_jax.transformer import Transformer
+from marche_jax.planning import cost
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
+from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
 # Every width, depth and count differs, so that no two terms can be mistaken for each other.
 CONFIG = ModelConfig(
@@ -194,7 +196,7 @@ def empty_state(plan: DecodePlan) -> Any:
   """The shapes of one image's state."""
   tokens = jnp.zeros((1, CONFIG.seq_len, CONFIG.token_dim))
   order = jnp.zeros((1, CONFIG.seq_len), jnp.int32)
-  return jax.eval_shape(lambda: decode_state.empty_state(plan, tokens, order, jnp.float32))
+  return jax.eval_shape(lambda: state_lib.empty_state(plan, tokens, order, jnp.float32))
 
 
 def state_for(shape: StackShape, halves: int) -> Any:
@@ -322,10 +324,10 @@ PLANS: dict[str, dict[str, Any]] = {
 def test_a_whole_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
   """Every row, loop and branch of `decode` against the plan's sum."""
   for field in ("FIRST", "LAST", "DETAIL"):  # as many steps in every row: no padded products
-    monkeypatch.setattr(importlib.import_module("marche_jax.policies.gtr"), field, 10)
+    monkeypatch.setattr(importlib.import_module("marche_jax.planning.policies.gtr"), field, 10)
   sample = SampleConfig(**{"num_iter": 6, "num_sampling_steps": 10, **PLANS[name]})
   plan = make_plan.__wrapped__(CONFIG, sample)
-  rows, tables = decode_state.plan_rows(plan)
+  rows, tables = state_lib.plan_rows(plan)
 
   def decode(params: dict, state: Any, keys: Any, rows: Any, tables: Any) -> Any:
     inputs = Inputs(jnp.zeros(1, jnp.int32), keys)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.draft import Draft, Refresh, build, full_steps, mask_schedule
-from marche_jax.policies import make_plan
+from marche_jax.planning.draft import Draft, Refresh, build, full_steps, mask_schedule
+from marche_jax.planning.policies import make_plan
 
 MAR_B = ModelConfig()
 

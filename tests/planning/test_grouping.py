@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import cost
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.grouping import MAX_PADDING, MAX_STEP_SHAPES, _widest, group_shapes
-from marche_jax.policies import make_plan
-from marche_jax.shapes import HeadShape, StackShape, StepShape
+from marche_jax.planning import cost
+from marche_jax.planning.grouping import MAX_PADDING, MAX_STEP_SHAPES, _widest, group_shapes
+from marche_jax.planning.policies import make_plan
+from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
 MAR_B = ModelConfig()
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import decode_state
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.grouping import MAX_STEP_SHAPES
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
+from marche_jax.decoding import state as state_lib
+from marche_jax.planning.grouping import MAX_STEP_SHAPES
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
 
 MAR_B = ModelConfig()
 
@@ -134,7 +134,7 @@ def check_state(plan: DecodePlan):
   """What a step shape reads or writes is there, and nothing else."""
   c = plan.config
   state = jax.eval_shape(
-    lambda: decode_state.empty_state(
+    lambda: state_lib.empty_state(
       plan, jnp.zeros((1, c.seq_len, c.token_dim)), jnp.zeros((1, c.seq_len), int), jnp.float32
     )
   )
@@ -229,7 +229,7 @@ def test_cache_bytes_are_those_of_the_state():
     plan = make_plan(MAR_B, SampleConfig(num_iter=16, **fields))
     tokens, order = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
     state = jax.eval_shape(
-      lambda plan=plan, x=tokens, o=order: decode_state.empty_state(plan, x, o, jnp.float32)
+      lambda plan=plan, x=tokens, o=order: state_lib.empty_state(plan, x, o, jnp.float32)
     )
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert plan.cache_bytes_per_image == size - tokens.nbytes - order.nbytes, fields

@@ -13,14 +13,14 @@ from golden import DATA
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from marche_jax import decode_state
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.diffusion import log_snr_timesteps, respaced_timesteps
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import POLICIES, make_plan, parse_policy
-from marche_jax.policies.disa import disa_steps
-from marche_jax.policies.gtr import checkerboard_stages, stage_iterations
-from marche_jax.policies.lazymar import kept_share
+from marche_jax.decoding import state as state_lib
+from marche_jax.models.diffusion import log_snr_timesteps, respaced_timesteps
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import POLICIES, make_plan, parse_policy
+from marche_jax.planning.policies.disa import disa_steps
+from marche_jax.planning.policies.gtr import checkerboard_stages, stage_iterations
+from marche_jax.planning.policies.lazymar import kept_share
 
 MAR_B = ModelConfig()
 SMALL = ModelConfig(img_size=96)  # 6x6 tokens
@@ -176,8 +176,8 @@ def test_a_checkerboard(grid):
 def test_neighbours_are_known_in_the_reconstruction():
   """In every image: when a token of the last stage is predicted, all its neighbours are there."""
   found = plan("gtr", SMALL, num_iter=18)
-  keys = decode_state.image_keys(jax.random.key(0), np.arange(20))
-  by_rank = np.asarray(decode_state.arrange(found, decode_state.random_order(keys, 36)))[:, ::-1]
+  keys = state_lib.image_keys(jax.random.key(0), np.arange(20))
+  by_rank = np.asarray(state_lib.arrange(found, state_lib.random_order(keys, 36)))[:, ::-1]
   np.testing.assert_array_equal(np.sort(by_rank, axis=1), np.tile(np.arange(36), (20, 1)))
   stage = checkerboard_stages(SMALL)
   assert (np.diff(stage[by_rank], axis=1) >= 0).all()
@@ -239,12 +239,12 @@ def test_recap_in_raster_order():
   ranks = [(row.num_known, row.num_known + row.num_predict) for row in found.rows]
   assert found.raster_groups == ((ranks[4][0], ranks[5][1]), (ranks[6][0], ranks[7][1]))
   order = np.stack([np.random.default_rng(i).permutation(36) for i in range(4)])
-  by_rank, given = np.asarray(decode_state.arrange(found, order))[:, ::-1], order[:, ::-1]
+  by_rank, given = np.asarray(state_lib.arrange(found, order))[:, ::-1], order[:, ::-1]
   np.testing.assert_array_equal(by_rank[:, : ranks[4][0]], given[:, : ranks[4][0]])
   for start, end in found.raster_groups:
     np.testing.assert_array_equal(by_rank[:, start:end], np.sort(given[:, start:end], axis=1))
   plain = plan("recap", SMALL, num_iter=8)
-  np.testing.assert_array_equal(decode_state.arrange(plain, order), order)
+  np.testing.assert_array_equal(state_lib.arrange(plain, order), order)
 
 
 def test_lazymar():

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marche_jax import checkpoint, sources
 from marche_jax.config import DataConfig, ModelConfig, VAEConfig
 from marche_jax.models import vae
+from marche_jax.training import sources
+from marche_jax.weights import checkpoint
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "encode_latents.py"
 MODEL = ModelConfig(img_size=8, vae_stride=2, vae_embed_dim=3, class_num=2)
 VAE = VAEConfig(

@@ -22,8 +22,8 @@ from records import (
   write_pets,
 )
 
-from marche_jax import data, sources
 from marche_jax.config import DataConfig
+from marche_jax.training import data, sources
 
 
 @pytest.fixture

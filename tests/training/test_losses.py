@@ -16,8 +16,8 @@ from golden import exact_matmuls as exact_matmuls
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from marche_jax import losses
 from marche_jax.models.mar import patchify
+from marche_jax.training import losses
 
 LOSS_TOLERANCE = 1e-5  # relative
 GRADIENT_TOLERANCE = 1e-4  # relative to the gradient's own norm

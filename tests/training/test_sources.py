@@ -28,8 +28,8 @@ from records import (
   write_pets,
 )
 
-from marche_jax import sources
 from marche_jax.config import DataConfig, ModelConfig
+from marche_jax.training import sources
 
 
 @pytest.fixture

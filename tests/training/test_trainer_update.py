@@ -14,9 +14,9 @@ import pytest
 from golden import by_path, load, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
-from marche_jax import losses, trainer
 from marche_jax.config import Config, TrainConfig
 from marche_jax.models.mar import patchify
+from marche_jax.training import losses, trainer
 
 STEP_TOLERANCE = 1e-5  # absolute
 NORM_TOLERANCE = 1e-5  # relative

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marche_jax import plots
 from marche_jax.images import GAP
+from marche_jax.visualization import plots
 
 
 def quality_report(**changes: object) -> dict:

@@ -16,12 +16,14 @@ import pytest
 import tiny
 from PIL import Image
 
-from marche_jax import checkpoint, frames, sample, trace
-from marche_jax.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
-from marche_jax.checkpoint import Model
-from marche_jax.plan import DecodePlan
-from marche_jax.policies import make_plan
-from marche_jax.shapes import StackShape
+from marche_jax import sample
+from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies import make_plan
+from marche_jax.planning.shapes import StackShape
+from marche_jax.visualization import frames, trace
+from marche_jax.weights import checkpoint
+from marche_jax.weights.checkpoint import Model
 
 PAPER = (255, 255, 255)
 MARCHE = dataclasses.replace(

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marche_jax import checkpoint
 from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
+from marche_jax.weights import checkpoint
 
 MODEL = ModelConfig(
   img_size=16, vae_stride=2, vae_embed_dim=4, encoder_embed_dim=16, encoder_depth=2,

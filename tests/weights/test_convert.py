@@ -16,10 +16,11 @@ import jax
 import numpy as np
 import pytest
 
-from marche_jax import checkpoint, config, convert
+from marche_jax import config
 from marche_jax.config import ModelConfig, VAEConfig
+from marche_jax.weights import checkpoint, convert
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
 TOOL = ROOT / "tools" / "convert_weights.py"
 SIZES = ("base", "large", "huge")
@@ -445,7 +446,7 @@ import marche_jax
 from marche_jax.config import ModelConfig
 if {with_torch}:
   import torch
-marche_jax.checkpoint.abstract_params("mar", ModelConfig())
+marche_jax.weights.checkpoint.abstract_params("mar", ModelConfig())
 libraries = anonymous()
 threading.Thread(target=watch, daemon=True).start()
 sys.argv = sys.argv[1:]

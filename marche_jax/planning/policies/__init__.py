@@ -13,14 +13,14 @@ import functools
 from collections.abc import Callable, Iterable
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.draft import Draft, build, full_steps
-from marche_jax.plan import DecodePlan
-from marche_jax.policies.disa import disa
-from marche_jax.policies.gtr import gtr
-from marche_jax.policies.lazymar import lazymar
-from marche_jax.policies.marche import marche
-from marche_jax.policies.recap import recap
-from marche_jax.policies.turbo import turbo
+from marche_jax.planning.draft import Draft, build, full_steps
+from marche_jax.planning.plan import DecodePlan
+from marche_jax.planning.policies.disa import disa
+from marche_jax.planning.policies.gtr import gtr
+from marche_jax.planning.policies.lazymar import lazymar
+from marche_jax.planning.policies.marche import marche
+from marche_jax.planning.policies.recap import recap
+from marche_jax.planning.policies.turbo import turbo
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from marche_jax.draft import Draft
+from marche_jax.planning.draft import Draft
 
 FIRST, LAST, MAX_TIMESTEP = 50, 5, 950
 

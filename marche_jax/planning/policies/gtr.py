@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from marche_jax.config import ModelConfig
-from marche_jax.draft import Draft, make_steps
+from marche_jax.planning.draft import Draft, make_steps
 
 STAGE_ITERATIONS = (24, 6, 2)
 """Of the three stages, where `full` takes 64: with 256 tokens 2.67, 10.67 and 64 in each."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from marche_jax.draft import Draft, Refresh
+from marche_jax.planning.draft import Draft, Refresh
 
 FIRST_FULL, INTERVAL = 5, 9
 LAYER = 4

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-from marche_jax.draft import Draft, Refresh, Step
+from marche_jax.planning.draft import Draft, Refresh, Step
 
 ACTIVE_SHARE = 0.2
 """Of all positions: 64 of 256 tokens and 64 buffer tokens."""

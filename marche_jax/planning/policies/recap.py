@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from marche_jax.draft import Draft, Refresh, guidance_schedule
+from marche_jax.planning.draft import Draft, Refresh, guidance_schedule
 
 LOCAL_STEPS = 0.4
 """Share of the diffusion steps that a local iteration takes."""

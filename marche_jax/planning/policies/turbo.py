@@ -7,8 +7,8 @@ it as `turbo+marche`, cost more quality there than it gained speed.
 
 from __future__ import annotations
 
-from marche_jax.draft import Draft
-from marche_jax.policies.gtr import checkerboard
+from marche_jax.planning.draft import Draft
+from marche_jax.planning.policies.gtr import checkerboard
 
 SHARE = 0.375
 """Of GtR's iterations: 12 where plain MAR takes 64."""
