@@ -109,7 +109,7 @@ class ModelConfig:
     return self.grid_size**2
 
   @property
-  def num_positions(self) -> int:
+  def num_tokens(self) -> int:
     """Buffer tokens and image tokens: what the decoder sees."""
     return self.buffer_size + self.seq_len
 

@@ -144,7 +144,7 @@ def run(
   mesh = None
   if len(devices) > 1:
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-  decoder = generation.Decoder(
+  decoder = generation.PlanRunner(
     plan, dtype=dtype, head_dtype=dtype, mesh=mesh, chunk=-(-len(plan.rows) // 8)
   )
   model = dataclasses.replace(
@@ -157,7 +157,7 @@ def run(
   todo = [start for start, part in zip(starts, parts, strict=True) if not part.exists()]
   compile_seconds, run_seconds = 0.0, 0.0
   if todo:
-    print(f"compiling ({len(plan.shapes)} step shapes) ...", file=sys.stderr, flush=True)
+    print(f"compiling ({len(plan.step_shapes)} step shapes) ...", file=sys.stderr, flush=True)
     compile_seconds = decoder.compile(model.params, batch_size)
     compile_seconds += generation.compile_to_images(model, batch_size, mesh)
     bar = tqdm(total=num * len(plan.rows), desc="sampling", unit="iteration", unit_scale=True)
@@ -196,7 +196,7 @@ def run(
 
 def _draw(
   model: Model,
-  decoder: generation.Decoder,
+  decoder: generation.PlanRunner,
   mesh: Mesh | None,
   labels: np.ndarray,
   start: int,

@@ -101,7 +101,7 @@ def fingerprint(model: Model, weights: str, plan: DecodePlan, settings: Settings
     "batch_size": settings.batch_size,
     "dtype": jnp.dtype(settings.dtype).name,
     "device": [environment["device"], environment["cpus"]],
-    "plan": repr((plan.shapes, plan.rows, plan.temperature, plan.raster_groups)),
+    "plan": repr((plan.step_shapes, plan.rows, plan.temperature, plan.raster_groups)),
     "stages": None if plan.stages is None else plan.stages.tolist(),
     "timesteps": [process.timesteps.tolist() for process in plan.processes],
   }
@@ -144,7 +144,7 @@ def draw(
     if any(entry is waiting for _, waiting in todo):
       places[entry.name].mkdir(parents=True, exist_ok=True)
       print(f"compiling {entry.name} ...", file=sys.stderr, flush=True)
-      decoders[entry.name] = generation.Decoder(entry.plan, dtype=dtype, head_dtype=dtype)
+      decoders[entry.name] = generation.PlanRunner(entry.plan, dtype=dtype, head_dtype=dtype)
       compile_seconds[entry.name] = decoders[entry.name].compile(model.params, batch_size)
       _decode_batch(model, entry.name, decoders[entry.name], settings, 0)  # warms up
   if todo:
@@ -168,7 +168,7 @@ def draw(
 
 
 def _decode_batch(
-  model: Model, name: str, decoder: generation.Decoder, settings: Settings, start: int
+  model: Model, name: str, decoder: generation.PlanRunner, settings: Settings, start: int
 ) -> tuple[jax.Array, float]:
   """Tokens [B, S, C] of a batch under the policy of a name, and the seconds that they took."""
   size = settings.batch_size

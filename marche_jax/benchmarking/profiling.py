@@ -76,7 +76,7 @@ def split(
   weights = jax.jit(prepare)(params["head"], timesteps=timesteps)
   measured: dict[str, dict[int, float]] = {"encoder": {}, "decoder": {}, "head": {}}
   for number, (few, many) in timing.rows_to_time(plan).items():
-    shape = plan.shapes[number]
+    shape = plan.step_shapes[number]
     row = {k: jax.tree.map(lambda x, k=k: jnp.asarray(x[k]), rows) for k in (few, many)}
     pieces = _pieces(plan, params, weights, tables, shape, row[many], batch_size, dtype)
     for name in ("encoder", "decoder"):
@@ -110,13 +110,13 @@ def _pieces(
   # The caches are handed back in place, as the sampler's loop carries them.
   @functools.partial(jax.jit, donate_argnums=1)
   def encode(p: Params, state: DecodeState, row: Rows) -> tuple[DecodeState, jax.Array]:
-    return Transformer(p, config, dtype).encode(shape.encoder, row, state, embedding)[:2]
+    return Transformer(p, config, dtype).run_encoder(shape.encoder, row, state, embedding)[:2]
 
   @functools.partial(jax.jit, donate_argnums=1)
   def decode(
     p: Params, state: DecodeState, row: Rows, x: jax.Array
   ) -> tuple[DecodeState, jax.Array]:
-    return Transformer(p, config, dtype).decode(shape.decoder, row, state, x, asked)[:2]
+    return Transformer(p, config, dtype).run_decoder(shape.decoder, row, state, x, asked)[:2]
 
   @jax.jit
   def head(

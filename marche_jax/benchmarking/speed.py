@@ -59,7 +59,7 @@ def compare(
     params = inference_params(params, options.dtype)
   programs = {}
   for entry in entries:
-    progress(f"compiling {entry.name} ({len(entry.plan.shapes)} step shapes)")
+    progress(f"compiling {entry.name} ({len(entry.plan.step_shapes)} step shapes)")
     programs[entry.name] = Program(entry.plan, params, options, one_row=options.estimate)
 
   dtypes = {jnp.dtype(options.dtype), jnp.dtype(options.head_dtype)}
@@ -197,9 +197,11 @@ def _describe(
   return {
     "sample": dataclasses.asdict(entry.sample),
     "iterations": len(plan.rows),
-    "diffusion_steps": [pick(plan.steps(row) for row in plan.rows) for pick in (min, max)],
-    "step_shapes": len(plan.shapes),
-    "shapes": [describe(shape) for shape in plan.shapes],
+    "diffusion_steps": [
+      pick(plan.diffusion_steps(row) for row in plan.rows) for pick in (min, max)
+    ],
+    "step_shapes": len(plan.step_shapes),
+    "shapes": [describe(shape) for shape in plan.step_shapes],
     "lower_seconds": program.lower_seconds,
     "compile_seconds": program.compile_seconds,
     "compiled_from_cache": program.from_cache,

@@ -59,12 +59,13 @@ class Program:
     self._keys = state_lib.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
     labels = jnp.arange(size, dtype=jnp.int32) % plan.config.class_num
     self._inputs = Inputs(labels, self._keys)
-    self._start = generation.Decoder(plan, dtype=options.dtype).start
+    self._start = generation.PlanRunner(plan, dtype=options.dtype).start
 
     clock = time.perf_counter()
     lowered = sampler.jitted_decode.lower(
       params, jax.eval_shape(self._start, self._keys), self.rows[0], self._tables, self._inputs,
-      config=plan.config, shapes=plan.shapes, dtype=options.dtype, head_dtype=options.head_dtype,
+      config=plan.config, step_shapes=plan.step_shapes, dtype=options.dtype,
+      head_dtype=options.head_dtype,
     )  # fmt: skip
     self.lower_seconds = time.perf_counter() - clock
     clock = time.perf_counter()
@@ -115,10 +116,10 @@ class Program:
     first_rows = [few for few, _ in rows_to_time(self.plan).values()]
     state, start = self.start(), 0
     for rows in self.rows:
-      chosen = np.isin(np.arange(start, start + len(rows.shape)), first_rows)
+      chosen = np.isin(np.arange(start, start + len(rows.shape_id)), first_rows)
       if chosen.any():
         _, state, _ = self.call(state, _only(rows, chosen))
-      start += len(rows.shape)
+      start += len(rows.shape_id)
 
   def time_rows(self, numbers: Sequence[int]) -> dict[int, float]:
     """Seconds of an idle call, under `IDLE`, and of rows, each in a call of its own, beyond it.
@@ -137,15 +138,15 @@ class Program:
 
 def _only(rows: Rows, chosen: np.ndarray) -> Rows:
   """Rows of which those not chosen run nothing."""
-  return dataclasses.replace(rows, shape=np.where(chosen, rows.shape, IDLE).astype(np.int32))
+  return dataclasses.replace(rows, shape_id=np.where(chosen, rows.shape_id, IDLE).astype(np.int32))
 
 
 def rows_to_time(plan: DecodePlan) -> dict[int, tuple[int, int]]:
   """For every step shape, the numbers of its rows with the fewest and the most diffusion steps."""
   found = {}
-  for shape in range(len(plan.shapes)):
-    numbers = [k for k, row in enumerate(plan.rows) if row.shape == shape]
-    steps = {k: plan.steps(plan.rows[k]) for k in numbers}
+  for shape in range(len(plan.step_shapes)):
+    numbers = [k for k, row in enumerate(plan.rows) if row.shape_id == shape]
+    steps = {k: plan.diffusion_steps(plan.rows[k]) for k in numbers}
     found[shape] = min(numbers, key=steps.__getitem__), max(numbers, key=steps.__getitem__)
   return found
 
@@ -154,9 +155,9 @@ def sum_over_rows(plan: DecodePlan, measured: dict[int, float]) -> float:
   """Adds up what all rows take, given those of `rows_to_time`: linear in the diffusion steps."""
   timed, total = rows_to_time(plan), 0.0
   for row in plan.rows:
-    few, many = timed[row.shape]
-    fewest, most = plan.steps(plan.rows[few]), plan.steps(plan.rows[many])
-    share = (plan.steps(row) - fewest) / (most - fewest) if most > fewest else 0.0
+    few, many = timed[row.shape_id]
+    fewest, most = plan.diffusion_steps(plan.rows[few]), plan.diffusion_steps(plan.rows[many])
+    share = (plan.diffusion_steps(row) - fewest) / (most - fewest) if most > fewest else 0.0
     total += measured[few] + share * (measured[many] - measured[few])
   return total
 

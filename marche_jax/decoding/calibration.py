@@ -22,7 +22,7 @@ from marche_jax.config import SampleConfig
 from marche_jax.decoding import sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.cache import KVCache
-from marche_jax.decoding.generation import Decoder, NonFiniteLatentsError, check_labels
+from marche_jax.decoding.generation import NonFiniteLatentsError, PlanRunner, check_labels
 from marche_jax.decoding.state import Inputs
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan, parse_policy
@@ -82,18 +82,18 @@ def measure_drift(
     model.config, dataclasses.replace(sample, refresh_interval=1, condition_cache=False)
   )
   keys = state_lib.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
-  state = Decoder(selective, dtype=dtype).start(keys)
+  state = PlanRunner(selective, dtype=dtype).start(keys)
   rows, tables = state_lib.plan_rows(full)
   inputs = Inputs(labels, keys)
   sketches = []
   for done, row in state_lib.chunks(rows, 1):
     state, finite, _ = sampler.jitted_decode(
       model.params, state, row, tables, inputs,
-      config=model.config, shapes=full.shapes, dtype=dtype, head_dtype=dtype,
+      config=model.config, step_shapes=full.step_shapes, dtype=dtype, head_dtype=dtype,
     )  # fmt: skip
     if not finite.all():
       raise NonFiniteLatentsError(f"non-finite latents at iteration {done - 1} of {len(full.rows)}")
-    sketches.append([np.asarray(_sketch(c)) for c in (state.encoder, state.decoder)])
+    sketches.append([np.asarray(_sketch(c)) for c in (state.encoder_cache, state.decoder_cache)])
   return drift_of_sketches(sketches, full)
 
 

@@ -32,7 +32,7 @@ class NonFiniteLatentsError(ValueError):
   """An iteration sampled NaN or infinite tokens."""
 
 
-class Decoder:
+class PlanRunner:
   """A plan made ready to run, in pieces of a few iterations that report progress in between.
 
   Attributes:
@@ -58,7 +58,11 @@ class Decoder:
     dtypes = {"dtype": dtype, "head_dtype": head_dtype}
     # Without a mesh the jitted function is shared, and its programs with it.
     self._decode: Any = sampler.jitted_decode
-    self._static: dict[str, Any] = {"config": plan.config, "shapes": plan.shapes, **dtypes}
+    self._static: dict[str, Any] = {
+      "config": plan.config,
+      "step_shapes": plan.step_shapes,
+      **dtypes,
+    }
     if mesh is not None:
       self._decode, self._static = sampler.sharded_decode(mesh, plan, **dtypes), {}
 
@@ -197,7 +201,7 @@ def generate(
       _array("noise[0]", noise[0], shape, "f"),
       _array("noise[1]", noise[1], (shape[0], steps, *shape[1:]), "f"),
     )
-  decoder = Decoder(plan)
+  decoder = PlanRunner(plan)
   state = decoder.start(keys, order, known)
   tokens = decoder(model.params, state, Inputs(labels, keys, recorded))
   return unpatchify(tokens, config)

@@ -35,8 +35,8 @@ def empty_trace(config: ModelConfig, guided: bool, batch: int) -> Trace:
   return Trace(
     z=jnp.zeros((halves, batch, config.seq_len, config.decoder_embed_dim)),
     sampled=jnp.zeros((batch, config.seq_len, config.token_dim)),
-    activity=jnp.zeros((2, batch, config.num_positions), jnp.int32),
-    scores=jnp.zeros((2, batch, config.num_positions)),
+    activity=jnp.zeros((2, batch, config.num_tokens), jnp.int32),
+    scores=jnp.zeros((2, batch, config.num_tokens)),
   )
 
 
@@ -66,7 +66,7 @@ def record(
     empty = jnp.zeros((batch, config.seq_len, x.shape[-1]))
     return empty.at[images, places].set(x, mode="drop")
 
-  seen = (config.buffer_size + row.num_known, config.num_positions)
+  seen = (config.buffer_size + row.num_known, config.num_tokens)
   return Trace(
     z=jax.vmap(scatter)(z),
     sampled=scatter(sampled),
@@ -79,7 +79,7 @@ def _activity(
   config: ModelConfig, row: Rows, batch: int, which: Recomputed, seen: Any
 ) -> jax.Array:
   """What every token was to a stack, int32 [B, N] by rank."""
-  positions = config.num_positions
+  positions = config.num_tokens
   rank = jnp.arange(positions)
   shape = (batch, positions)
   index, active, _ = which
@@ -99,7 +99,7 @@ def _activity(
 
 def _scores(config: ModelConfig, batch: int, recomputed: Recomputed, seen: Any) -> jax.Array:
   """What chose the refresh in a stack, float32 [B, N] by rank; zero where nothing did."""
-  positions = config.num_positions
+  positions = config.num_tokens
   if recomputed.scores is None:
     return jnp.zeros((batch, positions))
   found = recomputed.scores[:batch]

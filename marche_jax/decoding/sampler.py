@@ -108,7 +108,7 @@ def sample_tokens(
       fewest=shape.fewest,
     ).reshape(*predict.shape, channels)
 
-  steps = row.steps if shape.steps is None else shape.steps
+  steps = row.diffusion_steps if shape.diffusion_steps is None else shape.diffusion_steps
   sampled = run(z, predict, row.process, steps, shape.cached)
   if not shape.detail:
     return sampled
@@ -120,7 +120,7 @@ def sample_tokens(
     jax.vmap(take, (0, None))(z, chosen),
     jnp.take_along_axis(predict, chosen, axis=1),
     row.detail_process,
-    shape.detail_steps,
+    shape.detail_diffusion_steps,
     False,
   )
   kept = jnp.arange(shape.detail) < row.num_detail
@@ -147,9 +147,9 @@ def _step(
   predict = state.order[:, ::-1][:, jnp.minimum(index, seq_len - 1)]
   valid = jnp.arange(slots) < row.num_predict
 
-  state, x, encoded = transformer.encode(shape.encoder, row, state, embedding)
+  state, x, encoded = transformer.run_encoder(shape.encoder, row, state, embedding)
   asked = max(slots, shape.difference)
-  state, x, decoded = transformer.decode(shape.decoder, row, state, x, asked)
+  state, x, decoded = transformer.run_decoder(shape.decoder, row, state, x, asked)
   state, x = apply_difference(shape, row, state, x)
   halves = len(x) // batch
   z = transformer.apply(x, jnp.tile(predict, (halves, 1)), method="condition").astype(jnp.float32)
@@ -175,7 +175,7 @@ def decode(
   inputs: Inputs,
   *,
   config: ModelConfig,
-  shapes: tuple[StepShape, ...],
+  step_shapes: tuple[StepShape, ...],
   dtype: Any = jnp.float32,
   head_dtype: Any = jnp.float32,
   trace: bool = False,
@@ -188,7 +188,7 @@ def decode(
     rows: all of a plan's, or some consecutive ones.
     tables: of the plan.
     inputs: of the batch; recorded noise has one entry per row (on one device only).
-    config, shapes: static: sizes, and the plan's step shapes.
+    config, step_shapes: static: sizes, and the plan's step shapes.
     dtype: of the transformer's activations.
     head_dtype: of the head's matrix operands, but for its last layer's.
     trace: also return what every iteration did.
@@ -202,14 +202,17 @@ def decode(
   def iterate(state: DecodeState, xs: tuple[Rows, Noise | None]) -> tuple[DecodeState, Any]:
     row, noise = xs
     now = dataclasses.replace(inputs, noise=noise)
-    carry = (state, empty_trace(config, shapes[0].guided, state.tokens.shape[0]) if trace else None)
-    for number, shape in enumerate(shapes):
+    carry = (
+      state,
+      empty_trace(config, step_shapes[0].guided, state.tokens.shape[0]) if trace else None,
+    )
+    for number, shape in enumerate(step_shapes):
 
       def step(_: jax.Array, carry: Any, shape: StepShape = shape) -> Any:
         state, done = _step(transformer, weights, shape, row, tables, now, carry[0])
         return state, done if trace else None
 
-      carry = jax.lax.fori_loop(0, (row.shape == number).astype(jnp.int32), step, carry)
+      carry = jax.lax.fori_loop(0, (row.shape_id == number).astype(jnp.int32), step, carry)
     state = carry[0]
     return state, (jnp.isfinite(state.tokens).all(axis=(1, 2)), carry[1])
 
@@ -217,7 +220,7 @@ def decode(
   return state, finite, traces
 
 
-STATIC = ("config", "shapes", "dtype", "head_dtype", "trace")
+STATIC = ("config", "step_shapes", "dtype", "head_dtype", "trace")
 
 jitted_decode = jax.jit(decode, static_argnames=STATIC, donate_argnums=1)
 
@@ -228,7 +231,7 @@ def sharded_decode(mesh: Mesh, plan: DecodePlan, **static: Any) -> Callable:
   Args:
     mesh: the devices.
     plan: what will be run.
-    static: as in `decode`; `shapes`, some of the plan's, where not all of its rows are run.
+    static: as in `decode`; `step_shapes`, some of the plan's, where not all of its rows are run.
 
   Returns:
     A jitted (params, state, rows, tables, inputs) -> (state, finite, None); the number of images
@@ -237,7 +240,7 @@ def sharded_decode(mesh: Mesh, plan: DecodePlan, **static: Any) -> Callable:
   data, everywhere = PartitionSpec("data"), PartitionSpec()
   state = state_specs(plan, "data")
   mapped = jax.shard_map(
-    functools.partial(decode, **{"config": plan.config, "shapes": plan.shapes, **static}),
+    functools.partial(decode, **{"config": plan.config, "step_shapes": plan.step_shapes, **static}),
     mesh=mesh,
     in_specs=(everywhere, state, everywhere, everywhere, data),
     out_specs=(state, PartitionSpec(None, "data"), everywhere),

@@ -44,8 +44,8 @@ class Span:
   first: Any  # int32: position of the first forced image token
   forced: Any  # int32: number of forced image tokens, which are consecutive
   count: Any  # int32: number of active tokens
-  record_first: Any  # int32: first of the tokens whose attention is carried to the next iteration
-  record: Any  # int32: number of them
+  carried_first: Any  # int32: first of the tokens whose attention is carried to the next iteration
+  carried: Any  # int32: number of them
 
 
 @flax.struct.dataclass
@@ -237,7 +237,7 @@ def run_stack(
     return block.apply({"params": one}, x, method="feed_forward"), cache
 
   at = shape.layer - 1  # the layer where attention is looked at
-  if not (shape.record or (selective and lower)):
+  if not (shape.carried or (selective and lower)):
     x, cache = run_layers(params, 0, depth, layer, (x, cache))
     return StackRun(x, index, active, cache, scores, found)
 
@@ -247,14 +247,14 @@ def run_stack(
     assert cache is not None
     _, old = cache.read(jnp.int32(at), sequences, seen)
   x, q, k, weights, cache = attend(one, jnp.int32(at), x, cache)  # type: ignore[assignment]
-  if shape.record:
+  if shape.carried:
     assert scores is not None
-    slots = jnp.arange(shape.record)
-    asked = span.record_first + slots
+    slots = jnp.arange(shape.carried)
+    asked = span.carried_first + slots
     if index is not None:  # forced tokens come first, in order
       asked += (buffer if shape.buffer else 0) - span.first
     queries = take(q, jnp.clip(asked, 0, q.shape[1] - 1))
-    paid = attention_scores(queries, k, block.heads, span.valid, slots < span.record)
+    paid = attention_scores(queries, k, block.heads, span.valid, slots < span.carried)
     scores = scores.at[:sequences, :seen].set(paid[: scores.shape[0]])
   if selective and lower:
     if shape.score == "value":

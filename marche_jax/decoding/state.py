@@ -26,7 +26,7 @@ from marche_jax.planning.plan import DecodePlan
 ORDER_STREAM, NOISE_STREAM = 0, 1
 
 IDLE = -1
-"""Step shape of a row that runs nothing."""
+"""Shape id of a row that runs nothing."""
 
 
 @flax.struct.dataclass
@@ -35,8 +35,8 @@ class DecodeState:
 
   tokens: jax.Array  # float32 [B, S, C]; zero where unknown
   order: jax.Array  # int32 [B, S]; tokens are revealed from its end
-  encoder: KVCache | None = None  # [L, X, N, De]; X of the plan's cache_halves
-  decoder: KVCache | None = None  # [L, X, N, Dd]
+  encoder_cache: KVCache | None = None  # [L, X, N, De]; X of the plan's cache_halves
+  decoder_cache: KVCache | None = None  # [L, X, N, Dd]
   decoder_input: Any = None  # [X, N, Dd]: what the decoder's first layer sees, by rank
   difference: Any = None  # [B, S, Dd]: unconditional minus conditional, before the decoder's norm
   scores: Any = None  # (encoder's, decoder's), float32 [X, N]: attention of the last iteration
@@ -46,7 +46,7 @@ class DecodeState:
 class Rows:
   """Row data of a plan on the device, each [R]."""
 
-  shape: Any  # int32; IDLE: padding
+  shape_id: Any  # int32; IDLE: padding
   num_known: Any  # int32
   num_previous: Any  # int32
   num_predict: Any  # int32
@@ -54,7 +54,7 @@ class Rows:
   decoder_active: Any  # int32
   cfg: Any  # float32
   process: Any  # int32
-  steps: Any  # int32
+  diffusion_steps: Any  # int32
   num_detail: Any  # int32
   detail_process: Any  # int32
 
@@ -134,16 +134,16 @@ def empty_state(plan: DecodePlan, tokens: Any, order: Any, dtype: Any) -> Decode
   state = DecodeState(tokens, order)
   if not halves:
     return state
-  batch, positions = tokens.shape[0], config.num_positions
+  batch, positions = tokens.shape[0], config.num_tokens
   wide = config.decoder_embed_dim
   sequences = halves * batch
   score = lambda: jnp.zeros((sequences, positions))
   return dataclasses.replace(
     state,
-    encoder=empty_cache(
+    encoder_cache=empty_cache(
       config.encoder_depth, sequences, positions, config.encoder_embed_dim, dtype
     ),
-    decoder=empty_cache(config.decoder_depth, sequences, positions, wide, dtype),
+    decoder_cache=empty_cache(config.decoder_depth, sequences, positions, wide, dtype),
     decoder_input=jnp.zeros((sequences, positions, wide), dtype),
     difference=jnp.zeros((batch, config.seq_len, wide), dtype) if plan.stores_difference else None,
     scores=(score(), score()) if plan.carries_scores else None,
@@ -161,7 +161,7 @@ def state_specs(plan: DecodePlan, axis: str) -> DecodeState:
   data = lambda tree: jax.tree.map(lambda _: PartitionSpec(axis), tree)
   caches = lambda tree: jax.tree.map(lambda _: PartitionSpec(None, axis), tree)
   return dataclasses.replace(
-    data(state), encoder=caches(state.encoder), decoder=caches(state.decoder)
+    data(state), encoder=caches(state.encoder_cache), decoder=caches(state.decoder_cache)
   )
 
 
@@ -176,9 +176,9 @@ def plan_rows(plan: DecodePlan) -> tuple[Rows, Tables]:
   columns: dict[str, list[Any]] = {
     field.name: [getattr(row, field.name) for row in plan.rows]
     for field in dataclasses.fields(Rows)
-    if field.name != "steps"
+    if field.name != "diffusion_steps"
   }
-  columns["steps"] = [plan.steps(row) for row in plan.rows]
+  columns["diffusion_steps"] = [plan.diffusion_steps(row) for row in plan.rows]
   rows = Rows(
     **{k: np.asarray(v, np.float32 if k == "cfg" else np.int32) for k, v in columns.items()}
   )
@@ -188,11 +188,11 @@ def plan_rows(plan: DecodePlan) -> tuple[Rows, Tables]:
 
 def chunks(rows: Rows, size: int) -> Iterator[tuple[int, Rows]]:
   """Splits rows into (rows done after it, chunk of exactly `size` rows), the last one padded."""
-  total = len(rows.shape)
+  total = len(rows.shape_id)
   for start in range(0, total, size):
     end = min(start + size, total)
     pad = size - (end - start)
     chunk = jax.tree.map(lambda x, s=start, e=end, p=pad: np.pad(x[s:e], (0, p)), rows)
     if pad:
-      chunk.shape[-pad:] = IDLE
+      chunk.shape_id[-pad:] = IDLE
     yield end, chunk

@@ -40,7 +40,7 @@ class Transformer:
     """A method of `MAR`."""
     return MAR(self.config, self.dtype).apply({"params": self.params}, *args, method=method)
 
-  def encode(
+  def run_encoder(
     self, shape: StackShape, row: Rows, state: DecodeState, embedding: jax.Array
   ) -> tuple[DecodeState, jax.Array, Recomputed]:
     """Steps 1 and 2a: known tokens through the encoder to the decoder's input.
@@ -71,7 +71,7 @@ class Transformer:
     )  # fmt: skip
     run = run_stack(
       make_block(config, "encoder", self.dtype), self.params["encoder_blocks"], shape, span, x,
-      state.encoder, None if state.scores is None else state.scores[0],
+      state.encoder_cache, None if state.scores is None else state.scores[0],
       depth=config.encoder_depth, buffer=buffer,
     )  # fmt: skip
     embedded = apply(run.x, method="decoder_embedding")
@@ -93,10 +93,10 @@ class Transformer:
     if stored is not None:
       stored = x[: len(stored)] if sequences >= len(stored) else stored.at[:sequences].set(x)
     scores = None if state.scores is None else (run.scores, state.scores[1])
-    state = dataclasses.replace(state, encoder=run.cache, decoder_input=stored, scores=scores)
+    state = dataclasses.replace(state, encoder_cache=run.cache, decoder_input=stored, scores=scores)
     return state, x, Recomputed(run.index, run.active, run.selected_by)
 
-  def decode(
+  def run_decoder(
     self, shape: StackShape, row: Rows, state: DecodeState, x: jax.Array, asked: int
   ) -> tuple[DecodeState, jax.Array, Recomputed]:
     """Step 2b: the decoder's input of all positions [X, N, Dd] -> its output before the final norm.
@@ -104,7 +104,7 @@ class Transformer:
     In the last layer only the tokens asked for need queries and the feed-forward.
 
     Args:
-      shape, row, state: as in `encode`; the shape is the decoder's.
+      shape, row, state: as in `run_encoder`; the shape is the decoder's.
       x: decoder input.
       asked: number of tokens asked for, in rank order from the first to be predicted.
 
@@ -121,7 +121,7 @@ class Transformer:
       row.num_predict,
     )  # fmt: skip
     run = run_stack(
-      block, params, shape, span, x, state.decoder,
+      block, params, shape, span, x, state.decoder_cache,
       None if state.scores is None else state.scores[1], depth=depth - 1, buffer=buffer,
     )  # fmt: skip
 
@@ -141,7 +141,7 @@ class Transformer:
     x = apply(x, apply(x, method="queries"), k, v, None, method="attend")
     x = apply(x, method="feed_forward")
     scores = None if state.scores is None else (state.scores[0], run.scores)
-    state = dataclasses.replace(state, decoder=cache, scores=scores)
+    state = dataclasses.replace(state, decoder_cache=cache, scores=scores)
     return state, x, Recomputed(run.index, run.active, run.selected_by)
 
 

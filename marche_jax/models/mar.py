@@ -167,7 +167,7 @@ class MAR(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    positions = c.num_positions
+    positions = c.num_tokens
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_xavier)
     self.class_emb = nn.Embed(c.class_num, c.encoder_embed_dim, embedding_init=_normal)
     self.fake_latent = self.param("fake_latent", _normal, (1, c.encoder_embed_dim))
@@ -263,7 +263,7 @@ class MAR(nn.Module):
     batch = embedded.shape[0]
     x = jnp.broadcast_to(
       self.mask_token.astype(self.dtype),
-      (batch, c.num_positions, c.decoder_embed_dim),
+      (batch, c.num_tokens, c.decoder_embed_dim),
     )
     x = x.at[:, : c.buffer_size].set(embedded[:, : c.buffer_size])
     places = jnp.where(valid, c.buffer_size + positions, x.shape[1])  # out of range: dropped

@@ -49,7 +49,7 @@ def _stack(width: int, mlp_ratio: float, depth: int, shape: StackShape, buffer: 
   """`depth` layers of one guidance half: what `stack.run_stack` computes."""
   seen = buffer + shape.slots
   active = seen if shape.active is None else shape.active
-  flops = shape.record * 2.0 * seen * width
+  flops = shape.carried * 2.0 * seen * width
   if shape.active is not None and shape.source == "lower":
     flops += (shape.layer - 1) * _block(width, mlp_ratio, seen, seen, seen)
     flops += _attention(width, seen, seen, seen) + _feed_forward(width, mlp_ratio, active)
@@ -79,8 +79,10 @@ def decoder_flops(config: ModelConfig, shape: StackShape, halves: int, asked: in
   return halves * (blocks + _block(width, config.mlp_ratio, asked, seen, active))
 
 
-def head_flops(config: ModelConfig, shape: HeadShape, guided: bool, steps: float) -> float:
-  """Sampling the tokens of a step with `steps` diffusion steps."""
+def head_flops(
+  config: ModelConfig, shape: HeadShape, guided: bool, diffusion_steps: float
+) -> float:
+  """Sampling the tokens of an iteration with `diffusion_steps` diffusion steps."""
   halves = 2 if guided else 1
   w, c, d = config.diffloss_w, config.token_dim, config.diffloss_d
   condition = halves * 2 * config.decoder_embed_dim * w
@@ -88,24 +90,24 @@ def head_flops(config: ModelConfig, shape: HeadShape, guided: bool, steps: float
   full = enter + halves * (2 * (3 * d + 2) * w**2 + 4 * d * w**2 + leave)
   flops = float(shape.slots * condition)
   if shape.cached:
-    assert shape.steps is not None
-    schedule = CachedSteps.of(shape.steps, d)
+    assert shape.diffusion_steps is not None
+    schedule = CachedSteps.of(shape.diffusion_steps, d)
     kept = len(schedule.kept)  # blocks that a cached step still runs
     # After every full step the modulations of as many cached ones are taken.
     modulated = schedule.num_full * max(schedule.lengths)
-    cheap = (shape.steps - schedule.num_full) * (enter + leave)
+    cheap = (shape.diffusion_steps - schedule.num_full) * (enter + leave)
     cheap += modulated * 2 * (3 * kept + 2) * w**2 + schedule.num_recomputed * 4 * kept * w**2
     flops += shape.slots * (schedule.num_full * full + cheap)
   else:
-    flops += shape.slots * steps * full
-  return flops + shape.detail * (condition + shape.detail_steps * full)
+    flops += shape.slots * diffusion_steps * full
+  return flops + shape.detail * (condition + shape.detail_diffusion_steps * full)
 
 
-def step_flops(config: ModelConfig, shape: StepShape, steps: float) -> Flops:
-  """One iteration of a step shape, with `steps` diffusion steps."""
+def iteration_flops(config: ModelConfig, shape: StepShape, diffusion_steps: float) -> Flops:
+  """One iteration of a step shape, with `diffusion_steps` diffusion steps."""
   asked = max(shape.head.slots, shape.difference)
   return Flops(
     encoder_flops(config, shape.encoder, shape.halves),
     decoder_flops(config, shape.decoder, shape.halves, asked),
-    head_flops(config, shape.head, shape.guided, steps),
+    head_flops(config, shape.head, shape.guided, diffusion_steps),
   )

@@ -17,7 +17,7 @@ from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
 @dataclasses.dataclass(frozen=True)
 class Refresh:
-  """What a selective step recomputes in one stack: `count` tokens, chosen as `StackShape` says."""
+  """What a selective iteration recomputes in a stack: `count` tokens, see `StackShape`."""
 
   count: int
   source: str = "none"
@@ -27,7 +27,7 @@ class Refresh:
 
 
 @dataclasses.dataclass
-class Step:
+class Iteration:
   """One iteration as policies see it: exact numbers, no padding."""
 
   num_known: int
@@ -39,7 +39,7 @@ class Step:
   halves: int
   encoder: Refresh | None = None  # None: every token is recomputed
   decoder: Refresh | None = None
-  num_detail: int = 0  # tokens of the highest frequency, with steps of their own
+  num_detail: int = 0  # tokens of the highest frequency, with diffusion steps of their own
   detail_timesteps: tuple[int, ...] = ()
   head_cached: bool = False
 
@@ -56,7 +56,7 @@ class Draft:
   config: ModelConfig
   sample: SampleConfig
   num_known: int  # image tokens that are given
-  steps: list[Step]
+  iterations: list[Iteration]
   solver: str = "ddpm"
   stages: np.ndarray | None = None  # int [S] by position: lower stages are revealed first
   raster_groups: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -109,22 +109,22 @@ def guidance_schedule(sample: SampleConfig, seq_len: int, mask_len: np.ndarray) 
   return 1 + (sample.cfg - 1) * (seq_len - mask_len) / seq_len
 
 
-def full_steps(
+def full_iterations(
   config: ModelConfig, sample: SampleConfig, num_known: int, timesteps: Sequence[int]
-) -> list[Step]:
+) -> list[Iteration]:
   """The iterations of MAR as published, every token recomputed (reference: `MAR.sample_tokens`)."""
   mask_len, predicted = mask_schedule(config.seq_len - num_known, sample.num_iter)
-  return make_steps(config, sample, num_known, mask_len, predicted, timesteps)
+  return make_iterations(config, sample, num_known, mask_len, predicted, timesteps)
 
 
-def make_steps(
+def make_iterations(
   config: ModelConfig,
   sample: SampleConfig,
   num_known: int,
   mask_len: np.ndarray,
   predicted: np.ndarray,
   timesteps: Sequence[int] = (),
-) -> list[Step]:
+) -> list[Iteration]:
   """Full iterations with given counts.
 
   Args:
@@ -138,7 +138,7 @@ def make_steps(
   known = num_known + np.cumsum(predicted) - predicted
   before = np.concatenate([[0], predicted[:-1]])
   return [
-    Step(
+    Iteration(
       num_known=int(known[k]),
       num_previous=int(before[k]),
       num_predict=int(predicted[k]),
@@ -152,23 +152,22 @@ def make_steps(
 
 
 def build(draft: Draft) -> DecodePlan:
-  """Groups the steps of a draft into step shapes.
+  """Groups the iterations of a draft into step shapes.
 
   Raises:
-    ValueError: where a step would need what no step before it leaves behind.
+    ValueError: where an iteration would need what none before it leaves behind.
   """
-  steps = draft.steps
   differences = _differences(draft)
-  exact = [_exact_shape(draft, k, differences[k]) for k in range(len(steps))]
-  shapes = group_shapes(draft.config, exact, [len(s.timesteps) for s in steps])
+  exact = [_exact_shape(draft, k, differences[k]) for k in range(len(draft.iterations))]
+  shapes = group_shapes(draft.config, exact, [len(s.timesteps) for s in draft.iterations])
   distinct = tuple(dict.fromkeys(shapes))
-  tables = dict.fromkeys(s.timesteps for s in steps)
-  tables |= dict.fromkeys(s.detail_timesteps for s in steps if s.num_detail)
+  tables = dict.fromkeys(s.timesteps for s in draft.iterations)
+  tables |= dict.fromkeys(s.detail_timesteps for s in draft.iterations if s.num_detail)
   names = list(tables)
   buffer = draft.config.buffer_size
   rows = tuple(
     Row(
-      shape=distinct.index(shapes[k]),
+      shape_id=distinct.index(shapes[k]),
       num_known=s.num_known,
       num_previous=s.num_previous,
       num_predict=s.num_predict,
@@ -176,11 +175,11 @@ def build(draft: Draft) -> DecodePlan:
       cfg=s.cfg,
       process=names.index(s.timesteps),
       encoder_active=exact[k].encoder.active or buffer + s.num_known,
-      decoder_active=exact[k].decoder.active or draft.config.num_positions,
+      decoder_active=exact[k].decoder.active or draft.config.num_tokens,
       num_detail=s.num_detail,
       detail_process=names.index(s.detail_timesteps) if s.num_detail else 0,
     )
-    for k, s in enumerate(steps)
+    for k, s in enumerate(draft.iterations)
   )
   processes = tuple(make_process(np.asarray(t, np.int64)) for t in names)
   return DecodePlan(
@@ -190,29 +189,29 @@ def build(draft: Draft) -> DecodePlan:
 
 
 def _differences(draft: Draft) -> list[int]:
-  """For each step, of how many tokens (from its own on) it stores the difference of the halves."""
-  reach = [0] * len(draft.steps)
+  """Of how many tokens, from its own on, each iteration stores the difference of the halves."""
+  reach = [0] * len(draft.iterations)
   owner = None
-  for k, step in enumerate(draft.steps):
-    if step.halves == 2 or not draft.guided:
-      owner = k if step.full else None
+  for k, iteration in enumerate(draft.iterations):
+    if iteration.halves == 2 or not draft.guided:
+      owner = k if iteration.full else None
     elif owner is None:
       raise ValueError(f"iteration {k} computes the conditional half alone; no full one before it")
     else:
-      reach[owner] = step.num_known + step.num_predict - draft.steps[owner].num_known
+      reach[owner] = iteration.num_known + iteration.num_predict - draft.iterations[owner].num_known
   return reach
 
 
 def _exact_shape(draft: Draft, k: int, difference: int) -> StepShape:
-  """The unpadded shape of a step."""
-  config, step = draft.config, draft.steps[k]
-  sources = {r.source: r.layer for s in draft.steps for r in (s.encoder, s.decoder) if r}
+  """The unpadded shape of a iteration."""
+  config, iteration = draft.config, draft.iterations[k]
+  sources = {r.source: r.layer for s in draft.iterations for r in (s.encoder, s.decoder) if r}
 
   def stack(refresh: Refresh | None, slots: int, forced: int, fresh: int) -> StackShape:
     seen = config.buffer_size + slots
-    record = max(1, fresh) if "carried" in sources else 0
+    carried = max(1, fresh) if "carried" in sources else 0
     if refresh is None or (refresh.source != "lower" and refresh.count >= seen):
-      return StackShape(slots, layer=sources.get("carried", 0), record=record)
+      return StackShape(slots, layer=sources.get("carried", 0), carried=carried)
     return StackShape(
       slots,
       active=min(refresh.count, seen),
@@ -221,24 +220,29 @@ def _exact_shape(draft: Draft, k: int, difference: int) -> StepShape:
       source=refresh.source,
       score=refresh.score,
       layer=refresh.layer,
-      record=record,
+      carried=carried,
     )
 
   return StepShape(
-    encoder=stack(step.encoder, step.num_known, step.num_previous, step.num_previous),
+    encoder=stack(
+      iteration.encoder, iteration.num_known, iteration.num_previous, iteration.num_previous
+    ),
     decoder=stack(
-      step.decoder, config.seq_len, step.num_previous + step.num_predict, step.num_predict
+      iteration.decoder,
+      config.seq_len,
+      iteration.num_previous + iteration.num_predict,
+      iteration.num_predict,
     ),
     head=HeadShape(
-      slots=step.num_predict,
-      steps=len(step.timesteps),
-      fewest=len(step.timesteps),
+      slots=iteration.num_predict,
+      diffusion_steps=len(iteration.timesteps),
+      fewest=len(iteration.timesteps),
       solver=draft.solver,
-      detail=step.num_detail,
-      detail_steps=len(step.detail_timesteps) if step.num_detail else 0,
-      cached=step.head_cached,
+      detail=iteration.num_detail,
+      detail_diffusion_steps=len(iteration.detail_timesteps) if iteration.num_detail else 0,
+      cached=iteration.head_cached,
     ),
     guided=draft.guided,
-    halves=step.halves,
+    halves=iteration.halves,
     difference=difference,
   )

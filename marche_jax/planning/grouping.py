@@ -25,7 +25,7 @@ MAX_STEP_SHAPES = 8
 def group_shapes(
   config: ModelConfig,
   exact: Sequence[StepShape],
-  steps: Sequence[int],
+  diffusion_steps: Sequence[int],
 ) -> list[StepShape]:
   """Padded shapes of all rows: as few distinct ones as the bounds on padding allow.
 
@@ -41,7 +41,7 @@ def group_shapes(
   kinds: dict[StepShape, list[int]] = {}
   for k, shape in enumerate(exact):
     kinds.setdefault(_kind(shape), []).append(k)
-  splits = [_splits(config, [exact[k] for k in rows], [steps[k] for k in rows])
+  splits = [_splits(config, [exact[k] for k in rows], [diffusion_steps[k] for k in rows])
             for rows in kinds.values()]  # fmt: skip
   counts = [1] * len(splits)
   while True:
@@ -66,13 +66,16 @@ def _kind(shape: StepShape) -> StepShape:
 
   def stack(s: StackShape) -> StackShape:
     return dataclasses.replace(
-      s, slots=0, active=None if s.active is None else 0, forced=0, record=min(s.record, 1)
+      s, slots=0, active=None if s.active is None else 0, forced=0, carried=min(s.carried, 1)
     )
 
   head = dataclasses.replace(
-    shape.head, slots=0, steps=shape.head.steps if shape.head.cached else None, fewest=1,
+    shape.head,
+    slots=0,
+    diffusion_steps=shape.head.diffusion_steps if shape.head.cached else None,
+    fewest=1,
     detail=min(shape.head.detail, 1),
-  )  # fmt: skip
+  )
   return dataclasses.replace(
     shape,
     encoder=stack(shape.encoder),
@@ -89,7 +92,7 @@ def _widest(a: StepShape, b: StepShape) -> StepShape:
     active = None if x.active is None else max(x.active, y.active or 0)
     return dataclasses.replace(
       x, slots=max(x.slots, y.slots), active=active, forced=max(x.forced, y.forced),
-      record=max(x.record, y.record),
+      carried=max(x.carried, y.carried),
     )  # fmt: skip
 
   return dataclasses.replace(
@@ -99,7 +102,9 @@ def _widest(a: StepShape, b: StepShape) -> StepShape:
     head=dataclasses.replace(
       a.head,
       slots=max(a.head.slots, b.head.slots),
-      steps=a.head.steps if a.head.steps == b.head.steps else None,
+      diffusion_steps=a.head.diffusion_steps
+      if a.head.diffusion_steps == b.head.diffusion_steps
+      else None,
       fewest=min(a.head.fewest, b.head.fewest),
       detail=max(a.head.detail, b.head.detail),
     ),
@@ -118,7 +123,7 @@ def _padding(
 
 
 def _splits(
-  config: ModelConfig, exact: Sequence[StepShape], steps: Sequence[int]
+  config: ModelConfig, exact: Sequence[StepShape], diffusion_steps: Sequence[int]
 ) -> list[tuple[float, list[StepShape]]]:
   """For 1, 2, ... runs: the least work, and the shape of each row (of one kind)."""
   n = len(exact)
@@ -127,9 +132,9 @@ def _splits(
   for i in range(n):
     shape, total = exact[i], 0
     for j in range(i + 1, n + 1):
-      shape, total = _widest(shape, exact[j - 1]), total + steps[j - 1]
+      shape, total = _widest(shape, exact[j - 1]), total + diffusion_steps[j - 1]
       # Work is linear in the number of diffusion steps.
-      work[i, j] = (j - i) * cost.step_flops(config, shape, total / (j - i)).total
+      work[i, j] = (j - i) * cost.iteration_flops(config, shape, total / (j - i)).total
       shapes[i, j] = shape
   best, ends = work[0].copy(), [np.zeros(n + 1, int)]
   found = []

@@ -22,7 +22,7 @@ from marche_jax.planning.shapes import StackShape, StepShape, describe, places
 class Row:
   """One iteration."""
 
-  shape: int  # index into the plan's step shapes
+  shape_id: int  # index into the plan's step shapes
   num_known: int  # tokens known before this iteration
   num_previous: int  # of them, those generated in the previous iteration
   num_predict: int  # tokens predicted now
@@ -40,7 +40,7 @@ class DecodePlan:
   """What `sampler.decode` runs."""
 
   config: ModelConfig
-  shapes: tuple[StepShape, ...]
+  step_shapes: tuple[StepShape, ...]
   rows: tuple[Row, ...]
   processes: tuple[Process, ...]
   temperature: float
@@ -49,21 +49,21 @@ class DecodePlan:
 
   @property
   def guided(self) -> bool:
-    return self.shapes[0].guided
+    return self.step_shapes[0].guided
 
   @property
   def cache_halves(self) -> int:
     """Guidance halves of which keys and values are kept: 0 where no step is selective."""
-    selective = [s.halves for s in self.shapes if s.encoder.active or s.decoder.active]
+    selective = [s.halves for s in self.step_shapes if s.encoder.active or s.decoder.active]
     return max(selective, default=0)
 
   @property
   def carries_scores(self) -> bool:
-    return any(s.decoder.record or s.encoder.record for s in self.shapes)
+    return any(s.decoder.carried or s.encoder.carried for s in self.step_shapes)
 
   @property
   def stores_difference(self) -> bool:
-    return any(s.difference for s in self.shapes)
+    return any(s.difference for s in self.step_shapes)
 
   @property
   def cache_bytes_per_image(self) -> int:
@@ -71,14 +71,14 @@ class DecodePlan:
     c = self.config
     if not self.cache_halves:
       return 0
-    positions = c.num_positions
+    positions = c.num_tokens
     kv = 2 * (c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim)
     values = self.cache_halves * positions * (kv + c.decoder_embed_dim)
     values += self.stores_difference * c.seq_len * c.decoder_embed_dim
     values += self.carries_scores * 2 * self.cache_halves * positions
     return 4 * values
 
-  def steps(self, row: Row) -> int:
+  def diffusion_steps(self, row: Row) -> int:
     """Diffusion steps of a row."""
     return len(self.processes[row.process].timesteps)
 
@@ -89,13 +89,15 @@ class DecodePlan:
     """
     total = cost.Flops(0.0, 0.0, 0.0)
     for row in self.rows:
-      shape = self.shapes[row.shape]
-      total += cost.step_flops(self.config, shape if padded else self._exact(row), self.steps(row))
+      shape = self.step_shapes[row.shape_id]
+      total += cost.iteration_flops(
+        self.config, shape if padded else self._exact(row), self.diffusion_steps(row)
+      )
     return total
 
   def _exact(self, row: Row) -> StepShape:
     """The shape of a row if nothing were padded."""
-    shape = self.shapes[row.shape]
+    shape = self.step_shapes[row.shape_id]
 
     def stack(s: StackShape, slots: int, active: int, forced: int) -> StackShape:
       if s.active is None:
@@ -113,7 +115,7 @@ class DecodePlan:
 
   def padding(self) -> tuple[float, float]:
     """Padded over exact tokens: (recomputed in the encoder, predicted)."""
-    shapes = [self.shapes[row.shape] for row in self.rows]
+    shapes = [self.step_shapes[row.shape_id] for row in self.rows]
     encoder, head = places(shapes, self.config.buffer_size)
     exact = sum(row.encoder_active for row in self.rows)
     return encoder / exact, head / sum(row.num_predict for row in self.rows)
@@ -125,22 +127,22 @@ class DecodePlan:
       baseline: a plan to predict the speed-up over, from the floating point operations.
     """
     lines = [
-      "iter  shape  known  predict  mask_len    cfg  steps  active: encoder  decoder",
+      "iter  shape  known  predict  mask_len    cfg  diffusion  active: encoder  decoder",
     ]
     for k, row in enumerate(self.rows):
-      shape = self.shapes[row.shape]
+      shape = self.step_shapes[row.shape_id]
       active = ("all" if s.active is None else str(n) for s, n in (
         (shape.encoder, row.encoder_active), (shape.decoder, row.decoder_active)))  # fmt: skip
-      steps = f"{self.steps(row):5d}" + ("c" if shape.head.cached else " ")
+      steps = f"{self.diffusion_steps(row):9d}" + ("c" if shape.head.cached else " ")
       lines.append(
-        f"{k:4d}  {row.shape:5d}  {row.num_known:5d}  {row.num_predict:7d}  {row.mask_len:8d}  "
+        f"{k:4d}  {row.shape_id:5d}  {row.num_known:5d}  {row.num_predict:7d}  {row.mask_len:8d}  "
         f"{row.cfg:5.2f}  {steps} {next(active):>15s}  {next(active):>7s}"
       )
     flops, (encoder, head) = self.flops(), self.padding()
     lines.append("")
-    lines.extend(f"shape {i}: {describe(shape)}" for i, shape in enumerate(self.shapes))
+    lines.extend(f"shape {i}: {describe(shape)}" for i, shape in enumerate(self.step_shapes))
     lines.append(
-      f"{len(self.shapes)} step shapes; {flops.total / 1e9:.1f} GFLOP per image: encoder "
+      f"{len(self.step_shapes)} step shapes; {flops.total / 1e9:.1f} GFLOP per image: encoder "
       f"{flops.encoder / flops.total:.0%}, decoder {flops.decoder / flops.total:.0%}, head "
       f"{flops.head / flops.total:.0%}; padded over exact tokens: encoder {encoder:.2f}, head "
       f"{head:.2f}"

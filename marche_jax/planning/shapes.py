@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class StackShape:
-  """Which tokens of a stack a step recomputes; see `stack.py` for the words."""
+  """Which tokens of a stack an iteration recomputes; see `stack.py` for the words."""
 
   slots: int  # places for image tokens that the stack sees, besides the buffer
   active: int | None = None  # places for tokens that are recomputed; None: all
@@ -17,20 +17,20 @@ class StackShape:
   source: str = "none"  # of the scores of refresh tokens: none, scout, carried or lower
   score: str = "attention"  # attention or value
   layer: int = 0  # from 1; where the scores are taken
-  record: int = 0  # places for tokens whose attention is carried to the next iteration
+  carried: int = 0  # places for tokens whose attention is carried to the next iteration
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadShape:
-  """How a step samples tokens given z."""
+  """How an iteration samples tokens given z."""
 
   slots: int  # places for the tokens predicted now
-  steps: int | None  # diffusion steps of every row of this shape; None: row data
+  diffusion_steps: int | None  # of every row of this shape; None: row data
   fewest: int = 1  # of them, in any of its rows
   solver: str = "ddpm"
   detail: int = 0  # places for tokens that get diffusion steps of their own
-  detail_steps: int = 0
-  cached: bool = False  # most steps reuse what the head computed before (LazyMAR)
+  detail_diffusion_steps: int = 0
+  cached: bool = False  # most diffusion steps reuse what the head computed before (LazyMAR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StepShape:
 
 
 def places(shapes: Sequence[StepShape], buffer: int) -> tuple[int, int]:
-  """Places of some steps for (tokens that the encoder recomputes, tokens that are predicted)."""
+  """Places in some step shapes for (tokens that the encoder recomputes, tokens predicted)."""
   encoder = sum(s.encoder.active or buffer + s.encoder.slots for s in shapes)
   return encoder, sum(s.head.slots for s in shapes)
 
@@ -68,7 +68,9 @@ def describe(shape: StepShape) -> str:
 
   halves = "" if shape.halves == 2 or not shape.guided else "; conditional half only"
   detail = (
-    f", {shape.head.detail} with {shape.head.detail_steps} steps" if shape.head.detail else ""
+    f", {shape.head.detail} with {shape.head.detail_diffusion_steps} steps"
+    if shape.head.detail
+    else ""
   )
   return (
     f"encoder {stack(shape.encoder)}; decoder {stack(shape.decoder)}; head {shape.head.slots} "

@@ -121,7 +121,7 @@ def record(
   """
   ids = jnp.asarray(image_ids, jnp.uint32)
   keys = state_lib.image_keys(state_lib.run_key(seed), ids)
-  state = generation.Decoder(plan, dtype=dtype).start(keys)
+  state = generation.PlanRunner(plan, dtype=dtype).start(keys)
   place = np.asarray(state.order)[:, ::-1]
   rows, tables = state_lib.plan_rows(plan)
   parts: list[Trace] = []
@@ -129,7 +129,7 @@ def record(
   for end, chunk in state_lib.chunks(rows, min(CHUNK, len(plan.rows))):
     state, finite, trace = sampler.jitted_decode(
       params, state, chunk, tables, Inputs(labels, keys), config=plan.config,
-      shapes=plan.shapes, dtype=dtype, head_dtype=dtype, trace=True,
+      step_shapes=plan.step_shapes, dtype=dtype, head_dtype=dtype, trace=True,
     )  # fmt: skip
     new = end - done
     if (bad := ~np.asarray(finite)[:new].all(axis=1)).any():
@@ -157,7 +157,7 @@ def counts(plan: DecodePlan, recording: Recording, k: int) -> dict[str, Any]:
   result: dict[str, Any] = {
     "iteration": k,
     "cfg": row.cfg,
-    "diffusion_steps": plan.steps(row),
+    "diffusion_steps": plan.diffusion_steps(row),
     "masked": plan.config.seq_len - row.num_known - row.num_predict,
   }
   for stack, activity in zip(STACKS, recording.activity[k]):
@@ -191,7 +191,7 @@ def maps(
 ) -> list[frames.Panel]:
   """What iteration k did in a stack (of `STACKS`), and the scores by which it chose."""
   row, name, buffer = plan.rows[k], STACKS[stack], plan.config.buffer_size
-  shape: StackShape = getattr(plan.shapes[row.shape], name)
+  shape: StackShape = getattr(plan.step_shapes[row.shape_id], name)
   activity, scores = recording.activity[k, stack], recording.scores[k, stack]
   cells = frames.cell_positions(recording.place, buffer)
   masked = np.arange(len(activity)) >= buffer + row.num_known + row.num_predict
@@ -241,7 +241,7 @@ def frame(
   return frames.compose(
     f"Image {recording.image_id}, class {recording.label}: iteration {k} (last: "
     f"{len(plan.rows) - 1}), policy {policy}",
-    f"guidance {row.cfg:.2f}; {plan.steps(row)} diffusion steps; {(~known).sum()} of "
+    f"guidance {row.cfg:.2f}; {plan.diffusion_steps(row)} diffusion steps; {(~known).sum()} of "
     f"{known.size} tokens still masked; columns at the left of a map: buffer tokens",
     frames.Panel("the image so far", "framed: generated now", picture),
     [maps(plan, recording, k, stack, cell) for stack in (1, 0)],  # the decoder above

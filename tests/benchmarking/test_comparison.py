@@ -93,7 +93,7 @@ def test_an_interrupted_run_goes_on(model: Model, drawn: list[str], tmp_path: pa
   comparison.draw(model, both, SETTINGS, tmp_path / "whole")
   del drawn[:]
 
-  original, count = generation.Decoder.__call__, 0
+  original, count = generation.PlanRunner.__call__, 0
 
   def stop_at_fourth(*args: Any) -> jax.Array:
     nonlocal count
@@ -103,7 +103,7 @@ def test_an_interrupted_run_goes_on(model: Model, drawn: list[str], tmp_path: pa
     return original(*args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(generation.Decoder, "__call__", stop_at_fourth)
+    patch.setattr(generation.PlanRunner, "__call__", stop_at_fourth)
     with pytest.raises(Interrupted):
       comparison.draw(model, both, SETTINGS, tmp_path / "cut")
   before = contents(tmp_path / "cut")
@@ -203,7 +203,7 @@ def test_latents_that_are_not_finite_name_the_policy(
   def fail(*_: Any) -> None:
     raise generation.NonFiniteLatentsError("non-finite latents at iteration 0")
 
-  monkeypatch.setattr(generation.Decoder, "__call__", fail)
+  monkeypatch.setattr(generation.PlanRunner, "__call__", fail)
   with pytest.raises(generation.NonFiniteLatentsError, match="full: non-finite latents"):
     comparison.draw(model, entries("full"), SETTINGS, tmp_path)
 

@@ -120,7 +120,7 @@ def test_what_a_policy_overrides_it_does_not_read(policy: str) -> None:
   def content(sample: SampleConfig) -> tuple:
     plan = make_plan(tiny.MODEL, sample)
     timesteps = [process.timesteps.tolist() for process in plan.processes]
-    return plan.shapes, plan.rows, plan.temperature, timesteps
+    return plan.step_shapes, plan.rows, plan.temperature, timesteps
 
   for field, value in changed.items():
     same = content(dataclasses.replace(given, **{field: value})) == content(given)

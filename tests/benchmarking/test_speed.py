@@ -112,7 +112,7 @@ def test_report(calls: list[str], entries: list[Entry], tmp_path: pathlib.Path) 
     exact = entry.plan.flops(padded=False).total
     assert policy["gflops_per_image"]["without_padding"] == pytest.approx(exact / 1e9)
     assert policy["cache_bytes_per_image"] == entry.plan.cache_bytes_per_image
-    assert len(policy["shapes"]) == policy["step_shapes"] == len(entry.plan.shapes)
+    assert len(policy["shapes"]) == policy["step_shapes"] == len(entry.plan.step_shapes)
   text = tables.speed_table(report)
   rows = [line.split() for line in text.splitlines()]
   assert any(row[:6] == ["marche", "2.00", "1.50", "to", "2.50", "2.25"] for row in rows)

@@ -37,7 +37,7 @@ def test_an_estimate_is_exact_where_time_is_linear_in_diffusion_steps(policy: st
 
   def row_seconds(number: int) -> float:
     row = plan.rows[number]
-    return 10 * row.shape + (row.shape + 1) * plan.steps(row)
+    return 10 * row.shape_id + (row.shape_id + 1) * plan.diffusion_steps(row)
 
   timed = timing.rows_to_time(plan)
   numbers = {number for pair in timed.values() for number in pair}
@@ -45,11 +45,14 @@ def test_an_estimate_is_exact_where_time_is_linear_in_diffusion_steps(policy: st
   expected = 5.0 + sum(row_seconds(k) for k in range(len(plan.rows)))
   assert timing.estimate_seconds(plan, measured) == pytest.approx(expected)
 
-  assert timed.keys() == set(range(len(plan.shapes)))
+  assert timed.keys() == set(range(len(plan.step_shapes)))
   for shape, (few, many) in timed.items():
-    steps = [plan.steps(row) for row in plan.rows if row.shape == shape]
-    assert plan.rows[few].shape == plan.rows[many].shape == shape
-    assert (plan.steps(plan.rows[few]), plan.steps(plan.rows[many])) == (min(steps), max(steps))
+    steps = [plan.diffusion_steps(row) for row in plan.rows if row.shape_id == shape]
+    assert plan.rows[few].shape_id == plan.rows[many].shape_id == shape
+    assert (plan.diffusion_steps(plan.rows[few]), plan.diffusion_steps(plan.rows[many])) == (
+      min(steps),
+      max(steps),
+    )
     assert few == many or min(steps) < max(steps)
 
 
@@ -77,21 +80,21 @@ def test_rows_run_one_at_a_time(params: dict, monkeypatch: pytest.MonkeyPatch) -
   program = Program(entry.plan, params, Options(batch_size=2), one_row=True)
   assert len(program.rows) == len(entry.plan.rows) and program.compile_seconds > 0
   state = program.start()
-  tokens, cached = np.asarray(state.tokens), np.asarray(state.decoder.k)
-  idle = dataclasses.replace(program.rows[0], shape=np.full(1, IDLE, np.int32))
+  tokens, cached = np.asarray(state.tokens), np.asarray(state.decoder_cache.k)
+  idle = dataclasses.replace(program.rows[0], shape_id=np.full(1, IDLE, np.int32))
   _, state, finite = program.call(state, idle)  # takes the state's memory
   np.testing.assert_array_equal(state.tokens, tokens)
-  np.testing.assert_array_equal(state.decoder.k, cached)
+  np.testing.assert_array_equal(state.decoder_cache.k, cached)
   assert finite.shape == (1, 2) and finite.all()
 
   called = []
   call = program.call
   monkeypatch.setattr(
-    program, "call", lambda state, rows: called.append(int(rows.shape[0])) or call(state, rows)
+    program, "call", lambda state, rows: called.append(int(rows.shape_id[0])) or call(state, rows)
   )
   found = program.time_rows([0, 1])
   assert list(found) == [IDLE, 0, 1] and min(found.values()) > 0
-  assert called == [IDLE, IDLE, entry.plan.rows[0].shape, entry.plan.rows[1].shape]
+  assert called == [IDLE, IDLE, entry.plan.rows[0].shape_id, entry.plan.rows[1].shape_id]
 
   memory = program.memory()
   total = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
@@ -122,7 +125,7 @@ def test_every_step_shape_warms_up(
     program, "call", lambda state, rows: ran.extend(rows.shape.tolist()) or call(state, rows)
   )
   program.warm_up()
-  assert sorted(shape for shape in ran if shape != IDLE) == list(range(len(entry.plan.shapes)))
+  assert sorted(shape for shape in ran if shape != IDLE) == list(range(len(entry.plan.step_shapes)))
 
 
 def test_latents_that_are_not_finite(params: dict) -> None:

@@ -134,7 +134,9 @@ def test_a_calibrated_plan_costs_no_more(
   flops = [make_plan(tiny.MODEL, s).flops(padded=False).total for s in (chosen, given)]
   assert flops[0] <= flops[1]
   plan = make_plan(tiny.MODEL, chosen)
-  full = [k for k, row in enumerate(plan.rows) if plan.shapes[row.shape].decoder.active is None]
+  full = [
+    k for k, row in enumerate(plan.rows) if plan.step_shapes[row.shape_id].decoder.active is None
+  ]
   assert full == list(chosen.refresh_iterations)
   every_third = tuple(range(0, 8, given.refresh_interval))
   if len(full) == len(every_third):

@@ -111,7 +111,7 @@ def test_teacher_forced_decoding_parity(params, policy):
     tables,
     Inputs(g["labels"], state_lib.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]),
     config=CONFIG,
-    shapes=plan.shapes,
+    step_shapes=plan.step_shapes,
     trace=True,
   )
   np.testing.assert_array_equal(state.tokens, g["tokens"])
@@ -138,7 +138,7 @@ def compiled(plan, batch):
 
   state, inputs = jax.eval_shape(start)
   lowered = sampler.jitted_decode.lower(
-    weights, state, rows, tables, inputs, config=CONFIG, shapes=plan.shapes
+    weights, state, rows, tables, inputs, config=CONFIG, step_shapes=plan.step_shapes
   )
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
   return lowered.compile().memory_analysis(), size

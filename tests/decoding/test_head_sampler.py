@@ -283,7 +283,7 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
   coarse = run(HeadShape(places, 3))
   fine = run(HeadShape(places, 5), process=np.int32(1))
   mixed = run(
-    HeadShape(places, 3, detail=3, detail_steps=5),
+    HeadShape(places, 3, detail=3, detail_diffusion_steps=5),
     num_detail=np.int32(2),
     detail_process=np.int32(1),
   )

@@ -53,7 +53,14 @@ def run(params, image_ids, labels, sample=SAMPLE, **kwargs):
   keys = state_lib.image_keys(KEY, np.asarray(image_ids))
   inputs = Inputs(np.asarray(labels), keys)
   return decode(
-    params, start(keys, plan), rows, tables, inputs, config=SMALL, shapes=plan.shapes, **kwargs
+    params,
+    start(keys, plan),
+    rows,
+    tables,
+    inputs,
+    config=SMALL,
+    step_shapes=plan.step_shapes,
+    **kwargs,
   )
 
 
@@ -98,7 +105,7 @@ def test_replay(name, fields):
       Noise(g["init_noise"], g["step_noise"]),
     ),
     config=config,
-    shapes=plan.shapes,
+    step_shapes=plan.step_shapes,
     trace=True,
   )
   assert finite.all()
@@ -226,7 +233,7 @@ def test_chunks_hold_all_rows_once(total, size):
   parts = list(state_lib.chunks(Rows(**fields), size))
   assert [end for end, _ in parts] == [min(i + size, total) for i in range(0, total, size)]
   assert all(len(leaf) == size for _, part in parts for leaf in jax.tree.leaves(part))
-  shapes = np.concatenate([part.shape for _, part in parts])
+  shapes = np.concatenate([part.shape_id for _, part in parts])
   np.testing.assert_array_equal(shapes[:total], np.arange(total))
   assert (shapes[total:] == -1).all()
   known = np.concatenate([part.num_known for _, part in parts])
@@ -241,7 +248,9 @@ def test_chunks_decode_the_same(params):
   keys = state_lib.image_keys(KEY, np.asarray(ids))
   state, inputs = start(keys), Inputs(labels, keys)
   for _, part in state_lib.chunks(rows, 2):  # the second is padded by one row
-    state, finite, _ = decode(params, state, part, tables, inputs, config=SMALL, shapes=plan.shapes)
+    state, finite, _ = decode(
+      params, state, part, tables, inputs, config=SMALL, step_shapes=plan.step_shapes
+    )
     assert finite.shape == (2, 2) and finite.all()
   assert error(state.tokens, np.asarray(whole.tokens)) <= 1e-5
 
@@ -263,7 +272,7 @@ def test_known_tokens_stay_and_a_teacher_replaces_the_rest(params):
     tables,
     Inputs(np.asarray([1, 2]), keys, teacher=teacher),
     config=SMALL,
-    shapes=plan.shapes,
+    step_shapes=plan.step_shapes,
     trace=True,
   )
   np.testing.assert_array_equal(state.tokens, np.where(known[..., None], tokens, teacher))
@@ -301,7 +310,7 @@ sys.path[:0] = sys.argv[1:]
 import golden, test_sampler as t
 from marche_jax.decoding import sampler, state as state_lib
 from marche_jax.decoding.state import Inputs
-from marche_jax.decoding.generation import Decoder
+from marche_jax.decoding.generation import PlanRunner
 assert len(jax.devices()) == 2
 params, ids, labels = golden.random_params(t.SMALL), np.arange(4), np.asarray([3, 3, 5, 6])
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -311,7 +320,7 @@ for policy in ("full", "marche"):
   plan = t.make_plan(t.SMALL, sample)
   rows, tables = state_lib.plan_rows(plan)
   keys = state_lib.image_keys(t.KEY, ids)
-  state = Decoder(plan, mesh=mesh).start(keys)
+  state = PlanRunner(plan, mesh=mesh).start(keys)
   with jax.default_matmul_precision("highest"):
     whole, _, _ = t.run(params, ids, labels, sample)
     sharded = sampler.sharded_decode(mesh, plan)
@@ -324,9 +333,9 @@ for policy in ("full", "marche"):
   assert finite.shape == (4, 4) and finite.all()
   np.testing.assert_array_equal(parts.order, whole.order)
   assert t.error(parts.tokens, np.asarray(whole.tokens)) <= t.RUN_TOLERANCE
-  caches = jax.tree.leaves((parts.encoder, parts.decoder))
+  caches = jax.tree.leaves((parts.encoder_cache, parts.decoder_cache))
   assert len(caches) == (4 if policy == "marche" else 0)
-  for part, cache in zip(caches, jax.tree.leaves((whole.encoder, whole.decoder))):
+  for part, cache in zip(caches, jax.tree.leaves((whole.encoder_cache, whole.decoder_cache))):
     assert part.shape == cache.shape  # a device holds all of its own images' sequences
     assert [s.data.shape[1] for s in part.addressable_shards] == [4, 4]
     half = [np.asarray(x).reshape(len(x), -1, 2, *x.shape[2:]) for x in (part, cache)]
@@ -358,7 +367,7 @@ def test_program_does_not_grow_with_depth():
 
   def size(depth: int) -> int:
     config = dataclasses.replace(SMALL, encoder_depth=depth, decoder_depth=depth)
-    static = functools.partial(sampler.decode, config=config, shapes=plan.shapes)
+    static = functools.partial(sampler.decode, config=config, step_shapes=plan.step_shapes)
     lowered = jax.jit(static).lower(mar.abstract_params(config), *arguments)
     return len(lowered.as_text().splitlines())
 

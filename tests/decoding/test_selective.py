@@ -54,7 +54,7 @@ class Recorded:
     self.config, self.params = golden.model(name.split("/")[0])
     sample, self.golden = golden.sampling_run(name)
     found = small_plan(self.config, dataclasses.replace(sample, policy="marche", **fields))
-    buffer, positions = self.config.buffer_size, self.config.num_positions
+    buffer, positions = self.config.buffer_size, self.config.num_tokens
 
     def widen(shape):
       if shape.encoder.active is None:
@@ -65,7 +65,7 @@ class Recorded:
 
     self.plan = dataclasses.replace(
       found,
-      shapes=tuple(widen(shape) for shape in found.shapes),
+      step_shapes=tuple(widen(shape) for shape in found.step_shapes),
       rows=tuple(
         dataclasses.replace(r, encoder_active=buffer + r.num_known, decoder_active=positions)
         for r in found.rows
@@ -92,7 +92,7 @@ class Recorded:
         Noise(g["init_noise"][one], g["step_noise"][one]),
       ),
       config=self.config,
-      shapes=self.plan.shapes,
+      step_shapes=self.plan.step_shapes,
       trace=True,
     )
     assert finite.all()
@@ -111,8 +111,10 @@ class Recorded:
 def test_all_active_replays_the_recorded_run(name, fields):
   """Through scatter and top-k instead of a full step: the whole run; z with the tokens recorded."""
   run = Recorded(name, **fields)
-  selective = [run.plan.shapes[row.shape].decoder.active is not None for row in run.plan.rows]
-  assert len(run.plan.shapes) == 2 and any(selective)
+  selective = [
+    run.plan.step_shapes[row.shape_id].decoder.active is not None for row in run.plan.rows
+  ]
+  assert len(run.plan.step_shapes) == 2 and any(selective)
   g = run.golden
   state = run.start()
   for k in range(len(selective)):
@@ -169,7 +171,7 @@ class FullRefresh:
     marche = dataclasses.replace(sample, policy="marche", active_size=8, **fields)
     found = small_plan(self.config, marche)
     self.row = found.rows[self.NUMBER]
-    assert found.shapes[self.row.shape].decoder.active is None
+    assert found.step_shapes[self.row.shape_id].decoder.active is None
     assert found.rows[self.NUMBER - 1].decoder_active == 8
     rows, tables = state_lib.plan_rows(found)
     self.labels, self.batch = g["labels"], len(g["labels"])
@@ -177,7 +179,7 @@ class FullRefresh:
     state = state_lib.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
     keys = state_lib.image_keys(KEY, np.arange(self.batch))
     inputs = Inputs(self.labels, keys, teacher=g["sampled"].sum(axis=0))
-    run = functools.partial(decode, config=self.config, shapes=found.shapes)
+    run = functools.partial(decode, config=self.config, step_shapes=found.step_shapes)
     first = jax.tree.map(lambda x: x[: self.NUMBER], rows)
     self.before, _, _ = run(self.params, state, first, tables, inputs)
     pad = (0, self.NUMBER - 1)
@@ -207,8 +209,8 @@ def test_a_full_refresh_leaves_what_a_fresh_pass_computes():
   for half in (0, 1):
     sequences = refresh.sequences(half)
     for kept, old, (_, *new) in zip(
-      (refresh.after.encoder, refresh.after.decoder),
-      (refresh.before.encoder, refresh.before.decoder),
+      (refresh.after.encoder_cache, refresh.after.decoder_cache),
+      (refresh.before.encoder_cache, refresh.before.decoder_cache),
       refresh.fresh(half),
     ):
       for ours, previous, expected in zip(jax.tree.leaves(kept), jax.tree.leaves(old), new):
@@ -276,7 +278,7 @@ class Run:
     dtype = static.get("dtype", jnp.float32)
     state = state_lib.empty_state(self.plan, first.tokens, first.order, dtype)
     inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
-    static = {"config": SMALL, "shapes": self.plan.shapes, "trace": trace, **static}
+    static = {"config": SMALL, "shapes": self.plan.step_shapes, "trace": trace, **static}
     state, finite, found = decode(self.params, state, self.rows, self.tables, inputs, **static)
     assert finite.all()
     return np.asarray(state.order), np.asarray(state.tokens), found
@@ -295,7 +297,7 @@ def test_every_position_is_generated_once_and_forced_tokens_are_active(policy):
   by_rank = np.take_along_axis(generated, order[None, :, ::-1], axis=2)
   rank = np.arange(SMALL.seq_len)
   np.testing.assert_array_equal(by_rank.sum(axis=0), np.tile(rank >= run.num_known, (4, 1)))
-  activity, position = np.asarray(trace.activity), np.arange(SMALL.num_positions)
+  activity, position = np.asarray(trace.activity), np.arange(SMALL.num_tokens)
   selected = 0
   for k, row in enumerate(run.plan.rows):
     new = (rank >= row.num_known) & (rank < row.num_known + row.num_predict)
@@ -315,7 +317,7 @@ def test_every_position_is_generated_once_and_forced_tokens_are_active(policy):
     for found, active in ((encoder, row.encoder_active), (decoder, row.decoder_active)):
       assert ((found >= REFRESHED).sum(axis=1) == active).all()
       selected += ((found == CACHED).sum() > 0) & ((found == REFRESHED).sum() > 0)
-    shape = run.plan.shapes[row.shape]
+    shape = run.plan.step_shapes[row.shape_id]
     for found, stack in ((encoder, shape.encoder), (decoder, shape.decoder)):
       if stack.buffer:
         assert (found[:, : SMALL.buffer_size] == REFRESHED).all()
@@ -390,11 +392,11 @@ def test_temporary_memory_holds_no_second_cache():
 
     state, inputs = jax.eval_shape(start)
     lowered = compiled.lower(
-      weights, state, rows, tables, inputs, config=config, shapes=found.shapes
+      weights, state, rows, tables, inputs, config=config, step_shapes=found.step_shapes
     )
     memory = lowered.compile().memory_analysis()
     temporary[policy] = memory.temp_size_in_bytes
-  leaves = jax.tree.leaves((state.encoder, state.decoder))
+  leaves = jax.tree.leaves((state.encoder_cache, state.decoder_cache))
   cache = sum(x.size * x.dtype.itemsize for x in leaves)
   assert memory.alias_size_in_bytes >= cache  # updated in place
   assert temporary["marche"] < temporary["full"] + cache

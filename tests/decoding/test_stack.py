@@ -125,7 +125,7 @@ EVERYTHING = {
 @pytest.fixture(scope="module")
 def full(params):
   """Everything recomputed, where the cache held something else; attention recorded at layer 2."""
-  shape = StackShape(SLOTS, record=4, layer=2)
+  shape = StackShape(SLOTS, carried=4, layer=2)
   return {n: run_stack(params, shape, span(SEEN, valid=n), X, STALE, CARRIED) for n in (None, 9)}
 
 
@@ -142,7 +142,7 @@ def test_all_active_is_full(params, full, name):
     for ours, theirs in zip(*(jax.tree.leaves(r.cache) for r in (found, full[valid]))):
       rows = (slice(DEPTH), slice(None), slice(seen))
       assert error(ours[rows], np.asarray(theirs)[rows]) <= TOLERANCE
-    if shape.record:
+    if shape.carried:
       assert error(found.scores, np.asarray(full[valid].scores)) <= TOLERANCE
     else:
       np.testing.assert_array_equal(found.scores, CARRIED)

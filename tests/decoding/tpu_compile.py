@@ -98,7 +98,11 @@ class Request:
     state = jax.tree.map(give, state, state_lib.state_specs(plan, "data"))
     inputs = jax.tree.map(lambda x: give(x, PartitionSpec("data")), inputs)
     decode = sampler.sharded_decode(
-      self.mesh, plan, shapes=shapes or plan.shapes, dtype=jnp.bfloat16, head_dtype=jnp.bfloat16
+      self.mesh,
+      plan,
+      step_shapes=shapes or plan.step_shapes,
+      dtype=jnp.bfloat16,
+      head_dtype=jnp.bfloat16,
     )
     start = time.monotonic()
     compiled = decode.lower(
@@ -111,13 +115,13 @@ class Request:
     c = self.plan.config
     width = c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim
     sequences = self.plan.cache_halves * self.batch_per_chip
-    return 2 * 2 * sequences * c.num_positions * width
+    return 2 * 2 * sequences * c.num_tokens * width
 
 
 def copies_of_caches(hlo: str, plan: DecodePlan, batch: int) -> int:
   """Instructions in the text of a compiled program that copy a whole stack's keys or values."""
   c, sequences = plan.config, plan.cache_halves * batch
-  positions = c.num_positions
+  positions = c.num_tokens
   shapes = {
     f"{depth},{sequences},{positions},{width}"
     for depth, width in (
@@ -134,9 +138,9 @@ def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
   are counted; the diffusion steps are one that takes the modulations of several.
   """
   config = dataclasses.replace(plan.config, encoder_depth=1, decoder_depth=2)
-  steps = shape.head.steps or shape.head.fewest
+  steps = shape.head.diffusion_steps or shape.head.fewest
   halves = 2 if shape.guided else 1
-  flops = cost.step_flops(config, shape, 1)
+  flops = cost.iteration_flops(config, shape, 1)
   together = head_sampler.steps_together(steps, halves * batch * shape.head.slots)
   modulation = 2 * (3 * config.diffloss_d + 2) * config.diffloss_w**2
   extra = (together - 1) * halves * shape.head.slots * modulation
@@ -146,7 +150,7 @@ def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
 def flops_of_shapes(request: Request) -> list[dict[str, float]]:
   """Compiled and predicted FLOPs on one chip of every step shape, loop bodies counted once."""
   found = []
-  for shape in request.plan.shapes:
+  for shape in request.plan.step_shapes:
     compiled, seconds = request.compile((shape,))
     found.append(
       {
@@ -204,7 +208,8 @@ def main() -> None:
         "collectives_of_psum": collectives(psum.as_text()),
         "flops": compiled.cost_analysis()["flops"],  # a loop's body counts once
         "predicted_flops": sum(
-          bodies_once(request.plan, shape, args.batch_per_chip) for shape in request.plan.shapes
+          bodies_once(request.plan, shape, args.batch_per_chip)
+          for shape in request.plan.step_shapes
         ),
       }
     )

@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
   diffloss_d=4,
   diffloss_w=40,
 )
-POSITIONS = CONFIG.num_positions
+POSITIONS = CONFIG.num_tokens
 PARAMS = abstract_params(CONFIG)
 KEYS = jax.ShapeDtypeStruct((1,), jax.random.key(0).dtype)  # of one image
 
@@ -176,15 +176,15 @@ def kinds(slots: int) -> dict[str, StackShape]:
   some = {"active": seen - 1, "forced": min(2, slots)}
   return {
     "full": StackShape(slots),
-    "full, recorded": StackShape(slots, record=3, layer=2),
+    "full, recorded": StackShape(slots, carried=3, layer=2),
     "forced only": StackShape(slots, **some),
     "scout 3": StackShape(slots, **some, source="scout", layer=3),
     "scout with buffer": StackShape(slots, **some, buffer=True, source="scout", layer=2),
-    "carried": StackShape(slots, **some, source="carried", record=2, layer=3),
+    "carried": StackShape(slots, **some, source="carried", carried=2, layer=3),
     "lower 1": StackShape(slots, **some, source="lower", layer=1),
     "lower 4": StackShape(slots, **some, source="lower", layer=4),
     "lower, values": StackShape(slots, **some, source="lower", layer=3, score="value"),
-    "lower, recorded": StackShape(slots, **some, source="lower", layer=2, record=3),
+    "lower, recorded": StackShape(slots, **some, source="lower", layer=2, carried=3),
     "everything active": StackShape(slots, **{**some, "active": seen}, source="scout", layer=2),
   }
 
@@ -201,7 +201,7 @@ def empty_state(plan: DecodePlan) -> Any:
 
 def state_for(shape: StackShape, halves: int) -> Any:
   """With caches and carried scores, but for a full stack that records nothing."""
-  policy = "full" if shape.active is None and not shape.record else "marche"
+  policy = "full" if shape.active is None and not shape.carried else "marche"
   cfg = 1.0 if halves == 1 else 2.0
   return empty_state(
     make_plan(CONFIG, SampleConfig(num_iter=3, policy=policy, cfg=cfg, selection="carried"))
@@ -214,7 +214,7 @@ def test_encoder(name: str) -> None:
     shape = kinds(slots)[name]
 
     def encode(params: dict, state: Any, embedding: Any, shape: StackShape = shape) -> Any:
-      return Transformer(params, CONFIG, jnp.float32).encode(shape, row(), state, embedding)
+      return Transformer(params, CONFIG, jnp.float32).run_encoder(shape, row(), state, embedding)
 
     embedding = jax.ShapeDtypeStruct((halves, CONFIG.encoder_embed_dim), jnp.float32)
     executed = matmul_flops(encode, PARAMS, state_for(shape, halves), embedding)
@@ -227,7 +227,7 @@ def test_decoder(name: str) -> None:
   for asked, halves in ((1, 2), (9, 1)):
 
     def decode(params: dict, state: Any, x: Any, asked: int = asked) -> Any:
-      return Transformer(params, CONFIG, jnp.float32).decode(shape, row(), state, x, asked)
+      return Transformer(params, CONFIG, jnp.float32).run_decoder(shape, row(), state, x, asked)
 
     x = jax.ShapeDtypeStruct((halves, POSITIONS, CONFIG.decoder_embed_dim), jnp.float32)
     executed = matmul_flops(decode, PARAMS, state_for(shape, halves), x)
@@ -256,7 +256,7 @@ def executed_by_head(
     lambda head: head_sampler.prepare(head, config, coefficients.timestep, jnp.float32),
     abstract_params(config)["head"],
   )
-  now = row(steps=np.int32(steps), num_detail=np.int32(shape.detail))
+  now = row(diffusion_steps=np.int32(steps), num_detail=np.int32(shape.detail))
 
   def head(weights: Any, z: Any, keys: Any, row: Any, tables: Any) -> jax.Array:
     predict = jnp.zeros((1, shape.slots), jnp.int32)
@@ -277,7 +277,7 @@ def test_head(predicted: int, steps: int, halves: int) -> None:
 
 @pytest.mark.parametrize("halves", [1, 2])
 def test_head_with_detail_tokens(halves: int) -> None:
-  shape = HeadShape(9, 4, detail=2, detail_steps=6)
+  shape = HeadShape(9, 4, detail=2, detail_diffusion_steps=6)
   executed = executed_by_head(shape, halves, steps=4, longest=6)
   assert executed == cost.head_flops(CONFIG, shape, halves == 2, 4)
 
@@ -331,7 +331,7 @@ def test_a_whole_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
   def decode(params: dict, state: Any, keys: Any, rows: Any, tables: Any) -> Any:
     inputs = Inputs(jnp.zeros(1, jnp.int32), keys)
-    static = {"config": CONFIG, "shapes": plan.shapes}
+    static = {"config": CONFIG, "step_shapes": plan.step_shapes}
     return sampler.decode(params, state, rows, tables, inputs, **static)[0]
 
   executed = matmul_flops(decode, PARAMS, empty_state(plan), KEYS, rows, tables)
@@ -361,7 +361,7 @@ def test_a_plan_adds_its_rows_up() -> None:
   unguided = make_plan(CONFIG, dataclasses.replace(sample, cfg=1.0))
   twice = unguided.flops() + unguided.flops()
   # Of the head, both halves share the projection of x_t.
-  x_t = sum(plan.shapes[r.shape].head.slots * 10 for r in plan.rows)
+  x_t = sum(plan.step_shapes[r.shape_id].head.slots * 10 for r in plan.rows)
   x_t *= 2 * CONFIG.token_dim * CONFIG.diffloss_w
   assert plan.flops() == dataclasses.replace(twice, head=twice.head - x_t)
 
@@ -385,9 +385,9 @@ def test_selective_rows_cost_what_their_tokens_cost() -> None:
       head=HeadShape(r.num_predict, 100),
       guided=True,
       halves=2 if full else 1,
-      difference=plan.shapes[r.shape].difference,
+      difference=plan.step_shapes[r.shape_id].difference,
     )
-    exact += cost.step_flops(CONFIG, shape, 100)
+    exact += cost.iteration_flops(CONFIG, shape, 100)
   assert plan.flops(padded=False) == exact
 
 
@@ -396,7 +396,7 @@ def test_mar_base() -> None:
   config = ModelConfig()
   plan = make_plan(config, SampleConfig(num_iter=64, cfg=3.0, num_sampling_steps=100))
   exact = plan.flops(padded=False)
-  positions = config.num_positions
+  positions = config.num_tokens
   everywhere = cost.decoder_flops(config, StackShape(config.seq_len), 2, positions)
   decoder = len(plan.rows) * everywhere
   assert exact.decoder < decoder

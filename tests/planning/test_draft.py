@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.planning.draft import Draft, Refresh, build, full_steps, mask_schedule
+from marche_jax.planning.draft import Draft, Refresh, build, full_iterations, mask_schedule
 from marche_jax.planning.policies import make_plan
 
 MAR_B = ModelConfig()
@@ -36,11 +36,11 @@ def test_mask_schedule_is_computed_in_float64():
 
 def test_the_unconditional_half_needs_a_full_iteration_before():
   sample = SampleConfig(num_iter=4)
-  steps = full_steps(MAR_B, sample, 0, [0, 1])
+  steps = full_iterations(MAR_B, sample, 0, [0, 1])
   steps[1].halves, steps[2].halves = 1, 1
   plan = build(Draft(MAR_B, sample, 0, steps))
   first = plan.rows[2].num_known + plan.rows[2].num_predict
-  assert [plan.shapes[row.shape].difference for row in plan.rows] == [first, 0, 0, 0]
+  assert [plan.step_shapes[row.shape_id].difference for row in plan.rows] == [first, 0, 0, 0]
   steps[0].encoder = Refresh(3)  # an encoder that did not run on everything
   with pytest.raises(ValueError, match="iteration 1 computes the conditional half alone"):
     build(Draft(MAR_B, sample, 0, steps))

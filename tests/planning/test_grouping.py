@@ -26,7 +26,7 @@ def test_padding_is_at_most_a_quarter(name, num_iter):
   plan = make_plan(golden.read_config(name).model, SampleConfig(num_iter=num_iter))
   encoder, head = plan.padding()
   assert encoder <= 1.25 and head <= 1.25
-  assert len(plan.shapes) <= MAX_STEP_SHAPES
+  assert len(plan.step_shapes) <= MAX_STEP_SHAPES
 
 
 @settings(deadline=None, max_examples=50)
@@ -63,7 +63,7 @@ def test_slots_are_grouped_at_the_least_work(rows, first, selective):
     ]
 
   def work(shapes):
-    return sum(cost.step_flops(config, s, int(n)).total for s, n in zip(shapes, steps))
+    return sum(cost.iteration_flops(config, s, int(n)).total for s, n in zip(shapes, steps))
 
   def padding(shapes):
     def tokens(shapes):
@@ -85,5 +85,5 @@ def test_slots_are_grouped_at_the_least_work(rows, first, selective):
 def test_rows_of_another_kind_share_no_shape():
   """Only numbers of places may be padded: what else a shape says is what the step does."""
   plan = make_plan(MAR_B, SampleConfig(num_iter=32, policy="marche", refresh_interval=3))
-  selective = [plan.shapes[row.shape].decoder.active is not None for row in plan.rows]
+  selective = [plan.step_shapes[row.shape_id].decoder.active is not None for row in plan.rows]
   assert selective == [k % 3 > 0 for k in range(32)]

@@ -38,7 +38,7 @@ def test_plan_equals_the_recorded_run(run):
   np.testing.assert_array_equal(
     [row.num_predict for row in plan.rows], recorded["pred_mask"].sum(axis=2)[:, 0]
   )
-  assert plan.shapes[0].halves == (2 if recorded["z_uncond"].size else 1)
+  assert plan.step_shapes[0].halves == (2 if recorded["z_uncond"].size else 1)
 
 
 POLICIES = (
@@ -105,29 +105,29 @@ def test_every_plan(run):
     assert row.num_predict >= 1
     now = order[::-1][row.num_known : row.num_known + row.num_predict]
     predicted[now] += 1
-    shape = plan.shapes[row.shape]
+    shape = plan.step_shapes[row.shape_id]
     assert row.num_known <= shape.encoder.slots <= config.seq_len
     assert shape.decoder.slots == config.seq_len
     assert row.num_predict <= shape.head.slots <= config.seq_len
     assert shape.guided == (sample.cfg != 1.0)
     steps = len(plan.processes[row.process].timesteps)
-    assert shape.head.steps in (None, steps)
+    assert shape.head.diffusion_steps in (None, steps)
     assert row.num_detail <= min(shape.head.detail, row.num_predict)
     if row.num_detail:
-      assert shape.head.detail_steps == len(plan.processes[row.detail_process].timesteps)
+      assert shape.head.detail_diffusion_steps == len(plan.processes[row.detail_process].timesteps)
   assert (predicted == 1).all()  # every position exactly once
   check_refresh(plan)
   check_state(plan)
 
   assert len(plan.rows) == sample.num_iter or {"gtr", "turbo"} & set(sample.policy.split("+"))
-  assert len(set(plan.shapes)) == len(plan.shapes) <= MAX_STEP_SHAPES
-  assert {row.shape for row in plan.rows} == set(range(len(plan.shapes)))
+  assert len(set(plan.step_shapes)) == len(plan.step_shapes) <= MAX_STEP_SHAPES
+  assert {row.shape_id for row in plan.rows} == set(range(len(plan.step_shapes)))
   assert all(padding >= 1 for padding in plan.padding())
   exact, padded = plan.flops(padded=False), plan.flops()
   assert 0 < exact.encoder <= padded.encoder and 0 < exact.head <= padded.head
   assert 0 < exact.decoder <= padded.decoder
   # A heading and the rows; the shapes, totals and the cache below.
-  assert len(plan.table().splitlines()) == 1 + len(plan.rows) + 1 + len(plan.shapes) + 2
+  assert len(plan.table().splitlines()) == 1 + len(plan.rows) + 1 + len(plan.step_shapes) + 2
 
 
 def check_state(plan: DecodePlan):
@@ -138,11 +138,11 @@ def check_state(plan: DecodePlan):
       plan, jnp.zeros((1, c.seq_len, c.token_dim)), jnp.zeros((1, c.seq_len), int), jnp.float32
     )
   )
-  stacks = [stack for shape in plan.shapes for stack in (shape.encoder, shape.decoder)]
+  stacks = [stack for shape in plan.step_shapes for stack in (shape.encoder, shape.decoder)]
   selective = any(stack.active is not None for stack in stacks)
-  assert (state.encoder is not None) == (state.decoder is not None) == selective
-  assert (state.scores is not None) == any(stack.record for stack in stacks)
-  one_half = any(shape.guided and shape.halves == 1 for shape in plan.shapes)
+  assert (state.encoder_cache is not None) == (state.decoder_cache is not None) == selective
+  assert (state.scores is not None) == any(stack.carried for stack in stacks)
+  one_half = any(shape.guided and shape.halves == 1 for shape in plan.step_shapes)
   assert (state.difference is not None) == one_half
 
 
@@ -151,7 +151,7 @@ def check_refresh(plan: DecodePlan):
   config = plan.config
   buffer, before, stored = config.buffer_size, 0, range(0)
   for k, row in enumerate(plan.rows):
-    shape = plan.shapes[row.shape]
+    shape = plan.step_shapes[row.shape_id]
     assert row.num_previous == before
     before = row.num_predict
     stacks = (
@@ -169,14 +169,14 @@ def check_refresh(plan: DecodePlan):
         assert stack.active <= buffer + stack.slots
         assert stack.source == "none" or 1 <= stack.layer < config.decoder_depth
       if plan.carries_scores:
-        assert fresh <= stack.record
+        assert fresh <= stack.carried
     full = shape.encoder.active is None and shape.decoder.active is None
     if plan.guided and shape.halves == 1:  # the difference was stored for every rank asked for
       assert stored.start <= row.num_known and row.num_known + row.num_predict <= stored.stop
     else:
       reach = shape.difference if full else 0
       stored = range(row.num_known, row.num_known + reach)
-  selective = any(s.encoder.active or s.decoder.active for s in plan.shapes)
+  selective = any(s.encoder.active or s.decoder.active for s in plan.step_shapes)
   assert (plan.cache_bytes_per_image > 0) == selective == (plan.cache_halves > 0)
 
 
@@ -203,11 +203,11 @@ def test_table_states_every_row_and_the_padding():
     for k, (line, row) in enumerate(zip(lines[1:], table.rows)):
       last = lazy and k == 6
       assert line.split() == [
-        str(k), str(row.shape), str(row.num_known), str(row.num_predict), str(row.mask_len),
+        str(k), str(row.shape_id), str(row.num_known), str(row.num_predict), str(row.mask_len),
         f"{row.cfg:.2f}", "9c" if lazy else "9",
         str(64 + row.num_previous) if last else "all", str(row.decoder_active) if last else "all",
       ]  # fmt: skip
-    shapes = lines[len(table.rows) + 2 :][: len(table.shapes)]
+    shapes = lines[len(table.rows) + 2 :][: len(table.step_shapes)]
     assert [line.split(":")[0] for line in shapes] == [f"shape {i}" for i in range(len(shapes))]
     assert lines[-3].endswith(
       f"encoder {table.padding()[0]:.2f}, head {table.padding()[1]:.2f}"

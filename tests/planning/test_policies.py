@@ -32,7 +32,7 @@ def plan(policy: str, config: ModelConfig = MAR_B, num_known: int = 0, **fields)
 
 def shapes(plan: DecodePlan) -> list:
   """The step shape of every iteration."""
-  return [plan.shapes[row.shape] for row in plan.rows]
+  return [plan.step_shapes[row.shape_id] for row in plan.rows]
 
 
 def full(shape) -> bool:
@@ -157,7 +157,7 @@ def test_gtr_takes_half_the_iterations():
   assert (np.diff(steps) <= 0).all()
   for row, shape in zip(found.rows[30:], shapes(found)[30:]):
     assert row.num_detail == 6  # a tenth
-    assert shape.head.detail >= 6 and shape.head.detail_steps == 50
+    assert shape.head.detail >= 6 and shape.head.detail_diffusion_steps == 50
     assert len(found.processes[row.detail_process].timesteps) == 50
   assert not any(row.num_detail for row in found.rows[:30])
   assert not any(row.num_detail for row in plan("gtr", detail_tokens=False).rows)
@@ -299,7 +299,7 @@ def test_marche_refreshes_at_intervals(interval):
       assert not shape.decoder.buffer and shape.halves == 2
   if interval == 1:
     everything = plan("full")
-    assert (found.rows, found.shapes) == (everything.rows, everything.shapes)
+    assert (found.rows, found.step_shapes) == (everything.rows, everything.step_shapes)
 
 
 def test_marche_refreshes_where_it_is_told():
@@ -385,7 +385,7 @@ def test_condition_cache_computes_one_half():
   assert [s.halves for s in shapes(found)] == [1 if k % 3 else 2 for k in range(64)]
   assert found.cache_halves == 1
   unguided = plan("marche", condition_cache=True, cfg=1.0)
-  assert all(s.halves == 1 and s.difference == 0 for s in unguided.shapes)
+  assert all(s.halves == 1 and s.difference == 0 for s in unguided.step_shapes)
 
 
 # ---- turbo
@@ -396,7 +396,7 @@ def test_turbo():
   found = plan("turbo", num_iter=64)
   assert len(found.rows) == 12
   np.testing.assert_array_equal(found.stages, checkerboard_stages(MAR_B))
-  assert all(full(s) and s.head.solver == "dpm++" and not s.head.detail for s in found.shapes)
+  assert all(full(s) and s.head.solver == "dpm++" and not s.head.detail for s in found.step_shapes)
   assert all(len(t) == 9 and t[0] == 0 and t[-1] == 950 for t in timesteps(found))
   assert max(max(t) for t in timesteps(plan("turbo", max_timestep=600))) == 600
   both = plan("turbo+marche")

@@ -205,7 +205,7 @@ def test_recorded_scores_chose_the_refresh(
     for k, row in enumerate(plan.rows):
       for stack, name in enumerate(trace.STACKS):
         scores, activity = recording.scores[k, stack], recording.activity[k, stack]
-        if getattr(plan.shapes[row.shape], name).active is None:
+        if getattr(plan.step_shapes[row.shape_id], name).active is None:
           assert (scores == 0).all()
           continue
         assert (scores[activity == UNSEEN] == 0).all()

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Iterable
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.planning.draft import Draft, build, full_steps
+from marche_jax.planning.draft import Draft, build, full_iterations
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies.disa import disa
 from marche_jax.planning.policies.gtr import gtr
@@ -128,7 +128,7 @@ def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> 
   names = parse_policy(sample.policy)
   draft = Draft(config, sample, num_known, [], solver=sample.solver)
   timesteps = draft.timesteps(sample.num_sampling_steps)
-  draft.steps = full_steps(config, sample, num_known, timesteps)
+  draft.iterations = full_iterations(config, sample, num_known, timesteps)
   for name in names:
     POLICIES[name].apply(draft)
   return build(draft)

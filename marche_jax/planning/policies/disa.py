@@ -22,6 +22,6 @@ def disa(draft: Draft) -> None:
 
   The noisiest timesteps are clipped at 950.
   """
-  for k, step in enumerate(draft.steps):
-    step.timesteps = draft.timesteps(disa_steps(k, len(draft.steps)), MAX_TIMESTEP)
-    step.num_detail = 0
+  for k, iteration in enumerate(draft.iterations):
+    iteration.timesteps = draft.timesteps(disa_steps(k, len(draft.iterations)), MAX_TIMESTEP)
+    iteration.num_detail = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from marche_jax.config import ModelConfig
-from marche_jax.planning.draft import Draft, make_steps
+from marche_jax.planning.draft import Draft, make_iterations
 
 STAGE_ITERATIONS = (24, 6, 2)
 """Of the three stages, where `full` takes 64: with 256 tokens 2.67, 10.67 and 64 in each."""
@@ -37,7 +37,7 @@ def checkerboard(draft: Draft, num_iter: float) -> int:
   """Replaces a draft's iterations by those of the three stages, with no diffusion steps yet.
 
   Args:
-    draft: its order and steps are set.
+    draft: its order and iterations are set.
     num_iter: iterations of plain MAR that these stand for.
 
   Returns:
@@ -57,7 +57,9 @@ def checkerboard(draft: Draft, num_iter: float) -> int:
     predicted += np.diff(np.round(np.linspace(0, size, count + 1)).astype(int)).tolist()
   after = unknown - np.cumsum(predicted)
   mask_len = np.maximum(after, 1)  # the last counts one, as in the reference
-  draft.steps = make_steps(config, draft.sample, draft.num_known, mask_len, np.asarray(predicted))
+  draft.iterations = make_iterations(
+    config, draft.sample, draft.num_known, mask_len, np.asarray(predicted)
+  )
   return first_of_last
 
 
@@ -65,13 +67,13 @@ def gtr(draft: Draft) -> None:
   """A checkerboard's one colour slowly, then the other in one or two iterations."""
   sample = draft.sample
   first_of_last = checkerboard(draft, sample.num_iter)
-  for k, step in enumerate(draft.steps):
+  for k, iteration in enumerate(draft.iterations):
     if k < first_of_last:
       share = k / max(1, first_of_last - 1)
       count = round(FIRST + (LAST - FIRST) * share)
     else:
       count = LAST
       if sample.detail_tokens:
-        step.num_detail = max(1, round(DETAIL_SHARE * step.num_predict))
-        step.detail_timesteps = draft.timesteps(DETAIL)
-    step.timesteps = draft.timesteps(count)
+        iteration.num_detail = max(1, round(DETAIL_SHARE * iteration.num_predict))
+        iteration.detail_timesteps = draft.timesteps(DETAIL)
+    iteration.timesteps = draft.timesteps(count)

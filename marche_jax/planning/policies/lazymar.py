@@ -31,24 +31,24 @@ def lazymar(draft: Draft) -> None:
   just decoded; its decoder all tokens up to the attention of layer 4, and then those whose values
   changed most.
   """
-  config, steps = draft.config, draft.steps
+  config, iterations = draft.config, draft.iterations
   if config.decoder_depth == 1:
     raise ValueError(
       "model.decoder_depth=1: expected at least 2, of which lazymar prunes after one"
     )
   layer = min(LAYER, math.ceil(config.decoder_depth / 3))
-  if draft.sample.head_cache and len({step.timesteps for step in steps}) > 1:
+  if draft.sample.head_cache and len({iteration.timesteps for iteration in iterations}) > 1:
     raise ValueError(
       f"sample.head_cache=True: expected the same diffusion steps in every iteration, which "
       f"{draft.sample.policy} does not have"
     )
-  for k, step in enumerate(steps):
-    step.head_cached = draft.sample.head_cache
+  for k, iteration in enumerate(iterations):
+    iteration.head_cached = draft.sample.head_cache
     since = k - FIRST_FULL
     if since <= 0 or since % INTERVAL == 0:
       continue
-    forced = step.num_previous + step.num_predict
-    kept = int(kept_share(k, len(steps)) * draft.config.num_positions)
-    step.halves = 1
-    step.encoder = Refresh(config.buffer_size + step.num_previous, buffer=True)
-    step.decoder = Refresh(max(kept, forced + MARGIN), "lower", "value", layer)
+    forced = iteration.num_previous + iteration.num_predict
+    kept = int(kept_share(k, len(iterations)) * draft.config.num_tokens)
+    iteration.halves = 1
+    iteration.encoder = Refresh(config.buffer_size + iteration.num_previous, buffer=True)
+    iteration.decoder = Refresh(max(kept, forced + MARGIN), "lower", "value", layer)

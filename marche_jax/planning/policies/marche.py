@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from absl import logging
 
-from marche_jax.planning.draft import Draft, Refresh, Step
+from marche_jax.planning.draft import Draft, Iteration, Refresh
 
 ACTIVE_SHARE = 0.2
 """Of all positions: 64 of 256 tokens and 64 buffer tokens."""
@@ -21,33 +21,34 @@ ACTIVE_SHARE = 0.2
 
 def marche(draft: Draft) -> None:
   """Full iterations at intervals, or at `refresh_iterations`; the others selective."""
-  sample, steps = draft.sample, draft.steps
+  sample, iterations = draft.sample, draft.iterations
   full = set(sample.refresh_iterations) | {0}
   if sample.refresh_iterations:
-    if max(full) >= len(steps):
+    if max(full) >= len(iterations):
       raise ValueError(
-        f"sample.refresh_iterations: found {max(full)}, expected iterations 0 to {len(steps) - 1}"
+        f"sample.refresh_iterations: found {max(full)}, expected iterations 0 to "
+        f"{len(iterations) - 1}"
       )
   else:
-    full = set(range(0, len(steps), sample.refresh_interval))
-  selective = [k for k in range(len(steps)) if k not in full]
+    full = set(range(0, len(iterations), sample.refresh_interval))
+  selective = [k for k in range(len(iterations)) if k not in full]
   _check_layer(draft)
   config = draft.config
   decoder = _sizes(
     draft, "active_size", ACTIVE_SHARE, selective, lambda s: s.num_previous + s.num_predict
   )
   # Who asks for all tokens means both stacks.
-  share = 1.0 if sample.active_size >= config.num_positions else ACTIVE_SHARE / 2
+  share = 1.0 if sample.active_size >= config.num_tokens else ACTIVE_SHARE / 2
   encoder = _sizes(draft, "encoder_active_size", share, selective, lambda s: s.num_previous)
   for k in selective:
-    step = steps[k]
-    everything = encoder[k] >= config.buffer_size + step.num_known
-    if everything and decoder[k] >= config.num_positions and sample.selection != "lower":
+    iteration = iterations[k]
+    everything = encoder[k] >= config.buffer_size + iteration.num_known
+    if everything and decoder[k] >= config.num_tokens and sample.selection != "lower":
       continue  # nothing is left to be cached
-    step.decoder = Refresh(decoder[k], sample.selection, layer=sample.select_layer)
-    step.encoder = Refresh(encoder[k], sample.selection, layer=sample.select_layer)
+    iteration.decoder = Refresh(decoder[k], sample.selection, layer=sample.select_layer)
+    iteration.encoder = Refresh(encoder[k], sample.selection, layer=sample.select_layer)
     if sample.condition_cache and draft.guided:
-      step.halves = 1
+      iteration.halves = 1
 
 
 def _check_layer(draft: Draft) -> None:
@@ -65,21 +66,21 @@ def _check_layer(draft: Draft) -> None:
 
 
 def _sizes(
-  draft: Draft, field: str, share: float, selective: list[int], forced: Callable[[Step], int]
+  draft: Draft, field: str, share: float, selective: list[int], forced: Callable[[Iteration], int]
 ) -> dict[int, int]:
   """The active size of every selective iteration: that of a field, or a share of all positions.
 
   A size that was given must hold the forced tokens of every iteration; the share is raised.
   """
-  given, positions = getattr(draft.sample, field), draft.config.num_positions
+  given, positions = getattr(draft.sample, field), draft.config.num_tokens
   if given > positions:
     logging.warning("sample.%s=%d: clipped to all %d positions", field, given, positions)
   size = min(given, positions) if given else max(1, round(share * positions))
   sizes = {}
   for k in selective:
-    need = forced(draft.steps[k])
+    need = forced(draft.iterations[k])
     if given and need > given:
-      most = max(forced(draft.steps[i]) for i in selective)
+      most = max(forced(draft.iterations[i]) for i in selective)
       raise ValueError(
         f"sample.{field}={given}: iteration {k} forces {need} tokens; the smallest size that works "
         f"is {most} (0 chooses one)"

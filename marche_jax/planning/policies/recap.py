@@ -19,15 +19,17 @@ def recap(draft: Draft) -> None:
   if draft.sample.recap_raster and draft.stages is not None:
     raise ValueError("sample.recap_raster=True: contradicts the order of gtr and turbo")
   buffer = draft.config.buffer_size
-  for k in range(len(draft.steps) // 2 + 1, len(draft.steps), 2):
-    step = draft.steps[k]
-    forced = buffer + step.num_previous
-    step.encoder = Refresh(forced, buffer=True)
-    step.decoder = Refresh(forced + step.num_predict, buffer=True)
-    count = max(1, round(LOCAL_STEPS * len(step.timesteps)))
-    step.timesteps = draft.timesteps(count, max_timestep=step.timesteps[-1])
+  for k in range(len(draft.iterations) // 2 + 1, len(draft.iterations), 2):
+    iteration = draft.iterations[k]
+    forced = buffer + iteration.num_previous
+    iteration.encoder = Refresh(forced, buffer=True)
+    iteration.decoder = Refresh(forced + iteration.num_predict, buffer=True)
+    count = max(1, round(LOCAL_STEPS * len(iteration.timesteps)))
+    iteration.timesteps = draft.timesteps(count, max_timestep=iteration.timesteps[-1])
     if draft.sample.recap_raster:
-      draft.raster_groups.append((draft.steps[k - 1].num_known, step.num_known + step.num_predict))
-    if k == len(draft.steps) - 1:  # its guidance counts no token as still masked
-      step.mask_len = 0
-      step.cfg = float(guidance_schedule(draft.sample, draft.config.seq_len, np.zeros(1))[0])
+      draft.raster_groups.append(
+        (draft.iterations[k - 1].num_known, iteration.num_known + iteration.num_predict)
+      )
+    if k == len(draft.iterations) - 1:  # its guidance counts no token as still masked
+      iteration.mask_len = 0
+      iteration.cfg = float(guidance_schedule(draft.sample, draft.config.seq_len, np.zeros(1))[0])

@@ -18,8 +18,8 @@ STEPS, MAX_TIMESTEP = 9, 950
 
 
 def turbo(draft: Draft) -> None:
-  """A checkerboard in few iterations, sampled by SDE-DPM-Solver++ in few steps."""
+  """A checkerboard in few iterations, sampled by SDE-DPM-Solver++ in few diffusion steps."""
   checkerboard(draft, SHARE * draft.sample.num_iter)
   draft.solver = "dpm++"
-  for step in draft.steps:
-    step.timesteps = draft.timesteps(STEPS, MAX_TIMESTEP)
+  for iteration in draft.iterations:
+    iteration.timesteps = draft.timesteps(STEPS, MAX_TIMESTEP)
