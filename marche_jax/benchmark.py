@@ -28,7 +28,6 @@ import numpy as np
 from absl import flags
 
 from marche_jax import flags as flags_lib
-from marche_jax import sample as sample_lib
 from marche_jax.benchmarking import comparison, speed, tables, timing
 from marche_jax.benchmarking.entries import ALL, all_entries, parse_entries
 from marche_jax.config import ModelConfig, SampleConfig
@@ -36,6 +35,7 @@ from marche_jax.embedded import CONFIG
 from marche_jax.files import atomic_write, check_writable
 from marche_jax.images import write_png
 from marche_jax.models.mar import Params, abstract_params
+from marche_jax.sampling.loading import load
 from marche_jax.training.sources import IdxSource
 from marche_jax.visualization import plots
 
@@ -113,7 +113,7 @@ def measure_speed() -> None:
     entries = parse_entries(asked(sample), model, sample)
     params = random_params(model)
   else:
-    loaded, sample = sample_lib.load(values.checkpoint, values["config"])
+    loaded, sample = load(values.checkpoint, values["config"])
     model, params, weights = loaded.config, loaded.params, values.checkpoint or "embedded"
     entries = parse_entries(asked(sample), model, sample)
   if values.plot and len(entries) == 1:
@@ -132,7 +132,7 @@ def measure_speed() -> None:
 def measure_quality() -> None:
   """Draws and judges the same images under several policies."""
   values = flags.FLAGS
-  model, sample = sample_lib.load(values.checkpoint, values["config"])
+  model, sample = load(values.checkpoint, values["config"])
   entries = parse_entries(asked(sample, all_entries(sample)), model.config, sample)
   settings = comparison.Settings(
     num_images=values.num_images,

@@ -43,8 +43,13 @@ def environment() -> dict[str, Any]:
   return {
     "device": f"{device.device_kind} ({device.platform})",
     "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    "versions": {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")},
+    "versions": versions(),
   }
+
+
+def versions() -> dict[str, str]:
+  """The versions of what decodes."""
+  return {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")}
 
 
 def matmul_peak(dtype: Any, tries: int = 5) -> float:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -225,7 +224,7 @@ STATIC = ("config", "step_shapes", "dtype", "head_dtype", "trace")
 jitted_decode = jax.jit(decode, static_argnames=STATIC, donate_argnums=1)
 
 
-def sharded_decode(mesh: Mesh, plan: DecodePlan, **static: Any) -> Callable:
+def sharded_decode(mesh: Mesh, plan: DecodePlan, **static: Any) -> jax.stages.Wrapped:
   """`decode` over the `data` axis of a mesh: every device decodes its images on its own.
 
   Args:
