@@ -147,7 +147,7 @@ def check_state(plan: DecodePlan):
 
 
 def check_refresh(plan: DecodePlan):
-  """What a selective row needs: places for its tokens, and rows before it that left the rest."""
+  """What a selective row needs: slots for its tokens, and rows before it that left the rest."""
   config = plan.config
   buffer, before, stored = config.buffer_size, 0, range(0)
   for k, row in enumerate(plan.rows):
