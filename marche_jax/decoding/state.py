@@ -161,7 +161,9 @@ def state_specs(plan: DecodePlan, axis: str) -> DecodeState:
   data = lambda tree: jax.tree.map(lambda _: PartitionSpec(axis), tree)
   caches = lambda tree: jax.tree.map(lambda _: PartitionSpec(None, axis), tree)
   return dataclasses.replace(
-    data(state), encoder=caches(state.encoder_cache), decoder=caches(state.decoder_cache)
+    data(state),
+    encoder_cache=caches(state.encoder_cache),
+    decoder_cache=caches(state.decoder_cache),
   )
 
 

@@ -184,7 +184,7 @@ class FullRefresh:
     self.before, _, _ = run(self.params, state, first, tables, inputs)
     pad = (0, self.NUMBER - 1)
     one = jax.tree.map(lambda x: np.pad(x[self.NUMBER : self.NUMBER + 1], pad), rows)
-    one.shape[1:] = state_lib.IDLE  # the same program
+    one.shape_id[1:] = state_lib.IDLE  # the same program
     self.after, _, _ = run(self.params, self.before, one, tables, inputs)
     self.positions = np.asarray(g["orders"])[:, ::-1]
 
@@ -278,7 +278,7 @@ class Run:
     dtype = static.get("dtype", jnp.float32)
     state = state_lib.empty_state(self.plan, first.tokens, first.order, dtype)
     inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
-    static = {"config": SMALL, "shapes": self.plan.step_shapes, "trace": trace, **static}
+    static = {"config": SMALL, "step_shapes": self.plan.step_shapes, "trace": trace, **static}
     state, finite, found = decode(self.params, state, self.rows, self.tables, inputs, **static)
     assert finite.all()
     return np.asarray(state.order), np.asarray(state.tokens), found
