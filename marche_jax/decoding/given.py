@@ -60,7 +60,7 @@ def count_known(config: ModelConfig, batch: int, known: Known | None) -> int:
 def initial_state(
   plan: DecodePlan, keys: jax.Array, order: ArrayLike | None = None, known: Known | None = None
 ) -> DecodeState:
-  """Tokens and order before the first iteration, without caches.
+  """Tokens and positions by rank before the first iteration, without caches.
 
   Arguments and errors as in `generation.generate`; keys [B] of `state.image_keys`. An order that
   was given is taken as it is, but for known tokens; others follow the plan's rule.
@@ -69,18 +69,19 @@ def initial_state(
   batch, s, c = keys.shape[0], config.seq_len, config.token_dim
   tokens = jnp.zeros((batch, s, c))
   if order is None:
-    by_image = state_lib.random_order(keys, s)
+    from_last = state_lib.random_order(keys, s)
   else:
-    given = check_array("order", order, (batch, s), "iu")
-    if not (np.sort(given, axis=1) == np.arange(s)).all():
+    found = check_array("order", order, (batch, s), "iu")
+    if not (np.sort(found, axis=1) == np.arange(s)).all():
       raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
-    by_image = jnp.asarray(given, jnp.int32)
+    from_last = jnp.asarray(found, jnp.int32)
+  by_rank = from_last[:, ::-1]
   if known is not None:
     count_known(config, batch, known)
     values = check_array("known[0]", known[0], (batch, s, c), "f")
     mask = check_array("known[1]", known[1], (batch, s), "iufb") != 0
-    is_known = jnp.take_along_axis(jnp.asarray(~mask), by_image, axis=1)
-    last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
-    by_image = jnp.take_along_axis(by_image, last, axis=1)
+    unknown = jnp.take_along_axis(jnp.asarray(mask), by_rank, axis=1)
+    first = jnp.argsort(unknown, axis=1, stable=True)  # known tokens have the first ranks
+    by_rank = jnp.take_along_axis(by_rank, first, axis=1)
     tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
-  return DecodeState(tokens, by_image if order is not None else state_lib.arrange(plan, by_image))
+  return DecodeState(tokens, by_rank if order is not None else state_lib.arrange(plan, by_rank))

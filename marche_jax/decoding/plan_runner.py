@@ -98,10 +98,10 @@ class PlanRunner:
     state = initial_state(self.plan, keys, order, known)
     create = functools.partial(state_lib.empty_state, self.plan, dtype=self._dtype)
     if self.mesh is None or not self.plan.cache_halves:
-      return create(state.tokens, state.order)
+      return create(state.tokens, state.by_rank)
     specs = state_lib.state_specs(self.plan, "data")
     shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)  # type: ignore[arg-type]
-    return jax.jit(create, out_shardings=shardings)(state.tokens, state.order)
+    return jax.jit(create, out_shardings=shardings)(state.tokens, state.by_rank)
 
   def row_chunks(self) -> Iterator[tuple[int, Rows]]:
     """(iterations done after it, rows of a chunk), the last chunk padded: `state.chunks`."""

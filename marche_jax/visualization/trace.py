@@ -123,7 +123,7 @@ def record(
   dtype = settings.dtype
   runner = PlanRunner(plan, dtype=dtype, head_dtype=dtype, chunk=CHUNK, trace=True)
   state = runner.start(keys)
-  position = np.asarray(state.order)[:, ::-1]
+  position = np.asarray(state.by_rank)
   parts: list[Trace] = []
   for chunk in runner.run(params, state, Inputs(labels, keys)):
     assert chunk.trace is not None
