@@ -22,7 +22,6 @@ import secrets
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ import numpy as np
 
 from marche_jax.benchmarking import profiling
 from marche_jax.benchmarking.entries import Entry, baseline
+from marche_jax.benchmarking.reports import Difference, PolicyQuality, QualityFindings
 from marche_jax.config import ModelConfig
 from marche_jax.decoding.generation import Batch, RunSettings, draw_batch
 from marche_jax.decoding.pixels import compile_to_images, require_decodable
@@ -191,7 +191,7 @@ def collect(place: pathlib.Path, settings: Settings) -> Drawn:
   return Drawn(np.concatenate(images)[:num], np.concatenate(latents)[:num], seconds, runs)
 
 
-def differences(drawn: Drawn, reference: Drawn) -> dict[str, float]:
+def differences(drawn: Drawn, reference: Drawn) -> Difference:
   """How far the same images of two policies are apart.
 
   Returns:
@@ -238,7 +238,7 @@ def report(
   out: pathlib.Path,
   compile_seconds: dict[str, float] | None = None,
   real: tuple[np.ndarray, np.ndarray] | None = None,
-) -> dict[str, Any]:
+) -> QualityFindings:
   """Judges what `draw` has drawn.
 
   Args:
@@ -247,7 +247,7 @@ def report(
     real: images uint8 [num, H, W, channels] and labels int [num] to judge beside them.
 
   Returns:
-    Plain JSON values; `tables.quality_table` shows what they hold.
+    The report; `tables.quality_table` shows what it holds.
 
   Raises:
     FileNotFoundError: where a batch is missing.
@@ -256,7 +256,7 @@ def report(
   base = baseline(entries)
   reference = collect(places[base.name], settings)
   labels = labels_of(0, settings.num_images, model.config)
-  found: dict[str, dict[str, Any]] = {}
+  found: dict[str, PolicyQuality] = {}
   for entry in entries:
     drawn = reference if entry is base else collect(places[entry.name], settings)
     gain, together = speedup(drawn, reference)
@@ -277,9 +277,10 @@ def report(
       "difference": None if entry is base else differences(drawn, reference),
       "quality": judge(drawn.images, labels, model.config),
     }
-  judged = {name: policy["quality"] for name, policy in found.items()}
-  if None not in judged.values():
-    front = pareto([(p["speedup"], p["quality"]["frechet"]) for p in found.values()])
+  judged = [(p["speedup"], p["quality"]) for p in found.values()]
+  points = [(gain, images["frechet"]) for gain, images in judged if images is not None]
+  if len(points) == len(found):
+    front = pareto(points)
     for number, policy in enumerate(found.values()):
       policy["on_front"] = number in front
   return {
@@ -295,7 +296,7 @@ def report(
   }
 
 
-def judge(images: np.ndarray, labels: np.ndarray, config: ModelConfig) -> dict[str, Any] | None:
+def judge(images: np.ndarray, labels: np.ndarray, config: ModelConfig) -> quality.Report | None:
   """`quality.evaluate_samples`; None where the classifier cannot judge the images."""
   if not can_judge(config) or len(images) < 2:
     return None
