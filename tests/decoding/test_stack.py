@@ -115,8 +115,8 @@ EVERYTHING = {
   "none": {},
   "none with buffer": {"buffer": True},
   "scout": {"source": "scout", "layer": 2},
-  "carried": {"source": "carried", "layer": 2, "record": 4},
-  "carried with buffer": {"source": "carried", "layer": 2, "record": 4, "buffer": True},
+  "carried": {"source": "carried", "layer": 2, "carried": 4},
+  "carried with buffer": {"source": "carried", "layer": 2, "carried": 4, "buffer": True},
   "lower": {"source": "lower", "layer": 2},
   "lower, values": {"source": "lower", "layer": 2, "score": "value"},
 }
