@@ -159,7 +159,7 @@ class Encoder(nn.Module):
     return conv(2 * c.z_channels, name="conv_out")(x)
 
 
-class PlanRunner(nn.Module):
+class Decoder(nn.Module):
   """Features [B, h, w, z_channels] -> images [B, H, W, 3]."""
 
   config: VAEConfig
@@ -194,7 +194,7 @@ class AutoencoderKL(nn.Module):
   def setup(self) -> None:
     c = self.config
     self.encoder = Encoder(c, self.dtype)
-    self.decoder = PlanRunner(c, self.dtype)
+    self.decoder = Decoder(c, self.dtype)
     self.quant_conv = nn.Conv(2 * c.embed_dim, (1, 1), dtype=self.dtype)
     self.post_quant_conv = nn.Conv(c.z_channels, (1, 1), dtype=self.dtype)
 

@@ -41,13 +41,13 @@ class Interrupted(Exception):
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-  """Decoders whose tokens depend on plan, key and label; what they compiled and drew, in order.
+  """Runners whose tokens depend on plan, key and label; what they compiled and drew, in order.
 
-  The first call of a decoder warms it up.
+  The first call of a runner warms it up.
   """
   log: list[str] = []
 
-  class FakeDecoder:
+  class FakeRunner:
     def __init__(self, plan: Any, **_: Any) -> None:
       self.plan = plan
       # The numbers of iterations and of cached halves tell the plans of these tests apart.
@@ -69,7 +69,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
       noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
       return noise / 2 + inputs.labels[:, None, None] + 0.01 * len(self.plan.rows)
 
-  monkeypatch.setattr(generation, "Decoder", FakeDecoder)
+  monkeypatch.setattr(generation, "PlanRunner", FakeRunner)
   return log
 
 

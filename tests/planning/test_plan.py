@@ -134,9 +134,9 @@ def check_state(plan: DecodePlan):
   """What a step shape reads or writes is there, and nothing else."""
   c = plan.config
   state = jax.eval_shape(
-    lambda: state_lib.empty_state(
-      plan, jnp.zeros((1, c.seq_len, c.token_dim)), jnp.zeros((1, c.seq_len), int), jnp.float32
-    )
+    lambda tokens, order: state_lib.empty_state(plan, tokens, order, jnp.float32),
+    jax.ShapeDtypeStruct((1, c.seq_len, c.token_dim), jnp.float32),
+    jax.ShapeDtypeStruct((1, c.seq_len), jnp.int32),
   )
   stacks = [stack for shape in plan.step_shapes for stack in (shape.encoder, shape.decoder)]
   selective = any(stack.active is not None for stack in stacks)
@@ -148,7 +148,7 @@ def check_state(plan: DecodePlan):
 
 
 def check_refresh(plan: DecodePlan):
-  """What a selective row needs: places for its tokens, and rows before it that left the rest."""
+  """What a selective row needs: slots for its tokens, and rows before it that left the rest."""
   config = plan.config
   buffer, before, stored = config.buffer_size, 0, range(0)
   for k, row in enumerate(plan.rows):
