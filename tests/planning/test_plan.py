@@ -134,9 +134,9 @@ def check_state(plan: DecodePlan):
   """What a step shape reads or writes is there, and nothing else."""
   c = plan.config
   state = jax.eval_shape(
-    lambda: state_lib.empty_state(
-      plan, jnp.zeros((1, c.seq_len, c.token_dim)), jnp.zeros((1, c.seq_len), int), jnp.float32
-    )
+    lambda tokens, order: state_lib.empty_state(plan, tokens, order, jnp.float32),
+    jax.ShapeDtypeStruct((1, c.seq_len, c.token_dim), jnp.float32),
+    jax.ShapeDtypeStruct((1, c.seq_len), jnp.int32),
   )
   stacks = [stack for shape in plan.step_shapes for stack in (shape.encoder, shape.decoder)]
   selective = any(stack.active is not None for stack in stacks)
@@ -147,7 +147,7 @@ def check_state(plan: DecodePlan):
 
 
 def check_refresh(plan: DecodePlan):
-  """What a selective row needs: places for its tokens, and rows before it that left the rest."""
+  """What a selective row needs: slots for its tokens, and rows before it that left the rest."""
   config = plan.config
   buffer, before, stored = config.buffer_size, 0, range(0)
   for k, row in enumerate(plan.rows):
@@ -227,12 +227,12 @@ def test_cache_bytes_are_those_of_the_state():
     {"policy": "lazymar"},
   ):
     plan = make_plan(MAR_B, SampleConfig(num_iter=16, **fields))
-    tokens, order = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
+    tokens, by_rank = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
     state = jax.eval_shape(
-      lambda plan=plan, x=tokens, o=order: state_lib.empty_state(plan, x, o, jnp.float32)
+      lambda plan=plan, x=tokens, r=by_rank: state_lib.empty_state(plan, x, r, jnp.float32)
     )
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert plan.cache_bytes_per_image == size - tokens.nbytes - order.nbytes, fields
+    assert plan.cache_bytes_per_image == size - tokens.nbytes - by_rank.nbytes, fields
 
 
 def test_unknown_policy():
