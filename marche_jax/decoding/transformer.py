@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from marche_jax.config import ModelConfig
 from marche_jax.decoding.stack import Span, run_stack, take
 from marche_jax.decoding.state import DecodeState, Rows
-from marche_jax.models.mar import MAR, Params, make_block
+from marche_jax.models.mar import MAR, make_block
+from marche_jax.models.params import Params, subtree
 from marche_jax.planning.shapes import StackShape, StepShape
 
 
@@ -70,8 +71,8 @@ class Transformer:
       first, row.num_previous,
     )  # fmt: skip
     run = run_stack(
-      make_block(config, "encoder", self.dtype), self.params["encoder_blocks"], shape, span, x,
-      state.encoder_cache, None if state.scores is None else state.scores[0],
+      make_block(config, "encoder", self.dtype), subtree(self.params, "encoder_blocks"), shape,
+      span, x, state.encoder_cache, None if state.scores is None else state.scores[0],
       depth=config.encoder_depth, buffer=buffer,
     )  # fmt: skip
     embedded = apply(run.x, method="decoder_embedding")
@@ -111,7 +112,7 @@ class Transformer:
     Returns:
       The state, with the decoder's cache; output [X, asked, Dd]; which tokens were recomputed.
     """
-    config, params = self.config, self.params["decoder_blocks"]
+    config, params = self.config, subtree(self.params, "decoder_blocks")
     block = make_block(config, "decoder", self.dtype)
     buffer, depth = config.buffer_size, config.decoder_depth
     sequences, positions = x.shape[:2]
