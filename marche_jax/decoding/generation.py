@@ -78,10 +78,10 @@ class PlanRunner:
     state = initial_state(self.plan, keys, order, known)
     create: Any = functools.partial(state_lib.empty_state, self.plan, dtype=self._dtype)
     if self._mesh is None or not self.plan.cache_halves:
-      return create(state.tokens, state.order)
+      return create(state.tokens, state.by_rank)
     specs = state_lib.state_specs(self.plan, "data")
     shardings = jax.tree.map(lambda spec: NamedSharding(self._mesh, spec), specs)  # type: ignore[arg-type]
-    return jax.jit(create, out_shardings=shardings)(state.tokens, state.order)
+    return jax.jit(create, out_shardings=shardings)(state.tokens, state.by_rank)
 
   def compile(self, params: Params, batch_size: int) -> float:
     """Compiles for a batch size ahead of the first call; returns the seconds it took."""
@@ -225,7 +225,7 @@ def count_known(config: ModelConfig, batch: int, known: tuple[Any, Any] | None) 
 def initial_state(
   plan: DecodePlan, keys: jax.Array, order: Any = None, known: tuple[Any, Any] | None = None
 ) -> DecodeState:
-  """Tokens and order before the first iteration, without caches.
+  """Tokens and positions by rank before the first iteration, without caches.
 
   Arguments and errors as in `generate`; keys [B] of `state_lib.image_keys`. An order that was
   given is taken as it is, but for known tokens; others follow the plan's rule.
@@ -239,15 +239,16 @@ def initial_state(
     if not (np.sort(order, axis=1) == np.arange(s)).all():
       raise ValueError(f"order: expected a permutation of 0 to {s - 1} in every row")
   order = jnp.asarray(order, jnp.int32) if given else state_lib.random_order(keys, s)
+  by_rank = order[:, ::-1]
   if known is not None:
     count_known(config, batch, known)
     values = _array("known[0]", known[0], (batch, s, c), "f")
     mask = _array("known[1]", known[1], (batch, s), "iufb") != 0
-    is_known = jnp.take_along_axis(jnp.asarray(~mask), order, axis=1)
-    last = jnp.argsort(is_known, axis=1, stable=True)  # known tokens to the end, revealed already
-    order = jnp.take_along_axis(order, last, axis=1)
+    unknown = jnp.take_along_axis(jnp.asarray(mask), by_rank, axis=1)
+    first = jnp.argsort(unknown, axis=1, stable=True)  # known tokens have the first ranks
+    by_rank = jnp.take_along_axis(by_rank, first, axis=1)
     tokens = jnp.where(jnp.asarray(mask)[..., None], 0.0, jnp.asarray(values, jnp.float32))
-  return DecodeState(tokens, order if given else state_lib.arrange(plan, order))
+  return DecodeState(tokens, by_rank if given else state_lib.arrange(plan, by_rank))
 
 
 def check_labels(labels: Any, config: ModelConfig) -> np.ndarray:

@@ -144,7 +144,7 @@ def _step(
   dropped = jnp.arange(shape.halves * batch) >= batch  # the second half is unconditional
   embedding = transformer.apply(labels, dropped, method="class_embedding")
   index = row.num_known + jnp.arange(slots)
-  predict = state.order[:, ::-1][:, jnp.minimum(index, seq_len - 1)]
+  predict = state.by_rank[:, jnp.minimum(index, seq_len - 1)]
   valid = jnp.arange(slots) < row.num_predict
 
   state, x, encoded = transformer.run_encoder(shape.encoder, row, state, embedding)

@@ -34,7 +34,7 @@ class DecodeState:
   """What one iteration maps to the next. What a plan does not need is None."""
 
   tokens: jax.Array  # float32 [B, S, C]; zero where unknown
-  order: jax.Array  # int32 [B, S]; tokens are revealed from its end
+  by_rank: jax.Array  # int32 [B, S]: position of the image token of each rank
   encoder_cache: KVCache | None = None  # [L, X, N, De]; X of the plan's cache_halves
   decoder_cache: KVCache | None = None  # [L, X, N, Dd]
   decoder_input: Any = None  # [X, N, Dd]: what the decoder's first layer sees, by rank
@@ -96,18 +96,18 @@ def image_keys(key: jax.Array, image_ids: jax.Array) -> jax.Array:
 
 
 def random_order(keys: jax.Array, seq_len: int) -> jax.Array:
-  """A uniformly random order of the tokens of every image, int32 [B, S]."""
+  """A uniformly random order of every image, int32 [B, S]: positions, revealed from its end."""
   fold = functools.partial(jax.random.permutation, x=seq_len)
   return jax.vmap(lambda k: fold(jax.random.fold_in(k, ORDER_STREAM)))(keys).astype(jnp.int32)
 
 
-def arrange(plan: DecodePlan, order: Any) -> jax.Array:
-  """Orders int [B, S] under the plan's rule, int32 [B, S].
+def arrange(plan: DecodePlan, by_rank: Any) -> jax.Array:
+  """Positions by rank, int [B, S], under the plan's rule, int32 [B, S].
 
   Positions of a lower stage come first, each stage in the order given; then the tokens of every
-  raster group are put into raster order. The plan's known tokens, at the end of the order, stay.
+  raster group are put into raster order. The plan's known tokens, of the first ranks, stay.
   """
-  by_rank = jnp.asarray(order, jnp.int32)[:, ::-1]
+  by_rank = jnp.asarray(by_rank, jnp.int32)
   sort = lambda key: jnp.take_along_axis(by_rank, jnp.argsort(key, axis=1, stable=True), axis=1)
   if plan.stages is not None:
     known = np.arange(by_rank.shape[1]) < plan.rows[0].num_known
@@ -118,20 +118,20 @@ def arrange(plan: DecodePlan, order: Any) -> jax.Array:
     for start, end in plan.raster_groups:
       group[start:end], raster[start:end] = start, 1
     by_rank = sort(group * size + raster * by_rank)
-  return by_rank[:, ::-1]
+  return by_rank
 
 
-def empty_state(plan: DecodePlan, tokens: Any, order: Any, dtype: Any) -> DecodeState:
+def empty_state(plan: DecodePlan, tokens: Any, by_rank: Any, dtype: Any) -> DecodeState:
   """The state before the first iteration.
 
   Args:
     plan: what will be run: says which caches are needed.
     tokens: float32 [B, S, C], zero where unknown.
-    order: int32 [B, S], as `arrange` gives it.
+    by_rank: int32 [B, S], as `arrange` gives it.
     dtype: of the transformer's activations, and so of the caches.
   """
   config, halves = plan.config, plan.cache_halves
-  state = DecodeState(tokens, order)
+  state = DecodeState(tokens, by_rank)
   if not halves:
     return state
   batch, positions = tokens.shape[0], config.num_tokens

@@ -59,7 +59,7 @@ class Transformer:
     batch, sequences = state.tokens.shape[0], embedding.shape[0]
     config, apply = self.config, self.apply
     slots, buffer = shape.slots, config.buffer_size
-    positions = state.order[:, ::-1]
+    positions = state.by_rank
     valid = jnp.arange(slots) < row.num_known
     known = jnp.take_along_axis(state.tokens, positions[:, :slots, None], axis=1)
     repeat = lambda x: jnp.tile(x, (sequences // batch,) + (1,) * (x.ndim - 1))

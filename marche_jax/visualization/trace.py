@@ -122,7 +122,7 @@ def record(
   ids = jnp.asarray(image_ids, jnp.uint32)
   keys = state_lib.image_keys(state_lib.run_key(seed), ids)
   state = generation.PlanRunner(plan, dtype=dtype).start(keys)
-  place = np.asarray(state.order)[:, ::-1]
+  place = np.asarray(state.by_rank)
   rows, tables = state_lib.plan_rows(plan)
   parts: list[Trace] = []
   done = 0

@@ -191,8 +191,8 @@ NAMES = list(kinds(1))
 def empty_state(plan: DecodePlan) -> Any:
   """The shapes of one image's state."""
   tokens = jnp.zeros((1, CONFIG.seq_len, CONFIG.token_dim))
-  order = jnp.zeros((1, CONFIG.seq_len), jnp.int32)
-  return jax.eval_shape(lambda: state_lib.empty_state(plan, tokens, order, jnp.float32))
+  by_rank = jnp.zeros((1, CONFIG.seq_len), jnp.int32)
+  return jax.eval_shape(lambda: state_lib.empty_state(plan, tokens, by_rank, jnp.float32))
 
 
 def state_for(shape: StackShape, halves: int) -> Any:

@@ -103,10 +103,10 @@ def test_teacher_forced_decoding_parity(params, policy):
     np.asarray([row.cfg for row in plan.rows], np.float32), g["cfg_per_iter"]
   )
   rows, tables = state_lib.plan_rows(plan)
-  order = state_lib.arrange(plan, g["order"])
+  by_rank = state_lib.arrange(plan, g["order"][:, ::-1])
   state, _, trace = sampler.jitted_decode(
     params,
-    state_lib.empty_state(plan, np.zeros_like(g["tokens"]), order, jnp.float32),
+    state_lib.empty_state(plan, np.zeros_like(g["tokens"]), by_rank, jnp.float32),
     rows,
     tables,
     Inputs(g["labels"], state_lib.image_keys(jax.random.key(0), np.arange(1)), teacher=g["tokens"]),
@@ -131,9 +131,9 @@ def compiled(plan, batch):
 
   def start():
     tokens = jnp.zeros((batch, CONFIG.seq_len, CONFIG.token_dim))
-    order = jnp.zeros((batch, CONFIG.seq_len), jnp.int32)
+    by_rank = jnp.zeros((batch, CONFIG.seq_len), jnp.int32)
     keys = state_lib.image_keys(jax.random.key(0), jnp.arange(batch))
-    state = state_lib.empty_state(plan, tokens, order, jnp.float32)
+    state = state_lib.empty_state(plan, tokens, by_rank, jnp.float32)
     return state, Inputs(jnp.zeros(batch, jnp.int32), keys)
 
   state, inputs = jax.eval_shape(start)

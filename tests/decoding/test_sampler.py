@@ -68,8 +68,8 @@ def start(keys, plan: DecodePlan | None = None) -> DecodeState:
   """The state before the first iteration, by default of the policy full."""
   tokens = np.zeros((len(keys), SMALL.seq_len, SMALL.token_dim), np.float32)
   plan = make_plan(SMALL, SAMPLE) if plan is None else plan
-  order = state_lib.arrange(plan, state_lib.random_order(keys, SMALL.seq_len))
-  return state_lib.empty_state(plan, tokens, order, jnp.float32)
+  by_rank = state_lib.random_order(keys, SMALL.seq_len)[:, ::-1]
+  return state_lib.empty_state(plan, tokens, state_lib.arrange(plan, by_rank), jnp.float32)
 
 
 # ---- recorded runs
@@ -96,7 +96,7 @@ def test_replay(name, fields):
   empty = np.zeros((batch, config.seq_len, config.token_dim), np.float32)
   state, finite, trace = sampler.jitted_decode(
     params,
-    state_lib.empty_state(plan, empty, g["orders"], jnp.float32),
+    state_lib.empty_state(plan, empty, g["orders"][:, ::-1], jnp.float32),
     rows,
     tables,
     Inputs(
@@ -174,7 +174,7 @@ def test_images_do_not_depend_on_their_batch(params):
   scale = float(together.tokens.std())
   for places in ([0], [2], [3], [1, 3], [2, 0]):
     part, _, _ = run(params, [ids[i] for i in places], [labels[i] for i in places])
-    np.testing.assert_array_equal(part.order, together.order[np.asarray(places)])
+    np.testing.assert_array_equal(part.by_rank, together.by_rank[np.asarray(places)])
     difference = np.abs(part.tokens - together.tokens[np.asarray(places)]).max()
     assert difference <= RUN_TOLERANCE * scale, places
   assert np.abs(together.tokens[0] - together.tokens[1]).max() > 0.1 * scale  # other number
@@ -259,15 +259,15 @@ def test_known_tokens_stay_and_a_teacher_replaces_the_rest(params):
   plan = make_plan(SMALL, SAMPLE, num_known=6)
   rows, tables = state_lib.plan_rows(plan)
   keys = state_lib.image_keys(KEY, np.arange(2))
-  order = np.asarray(state_lib.random_order(keys, SMALL.seq_len))
+  by_rank = np.asarray(state_lib.random_order(keys, SMALL.seq_len))[:, ::-1]
   rng = np.random.default_rng(0)
   tokens, teacher = rng.standard_normal((2, 2, SMALL.seq_len, SMALL.token_dim), np.float32)
   known = np.zeros((2, SMALL.seq_len), bool)
-  np.put_along_axis(known, order[:, -6:], True, axis=1)
+  np.put_along_axis(known, by_rank[:, :6], True, axis=1)
   tokens *= known[..., None]
   state, _, trace = decode(
     params,
-    DecodeState(tokens, order),
+    DecodeState(tokens, by_rank),
     rows,
     tables,
     Inputs(np.asarray([1, 2]), keys, teacher=teacher),
@@ -283,7 +283,7 @@ def test_known_tokens_stay_and_a_teacher_replaces_the_rest(params):
   for k in (0, 2):
     row = plan.rows[k]
     mask = np.ones((2, SMALL.seq_len), np.float32)
-    np.put_along_axis(mask, order[:, ::-1][:, : row.num_known], 0, axis=1)
+    np.put_along_axis(mask, by_rank[:, : row.num_known], 0, axis=1)
     now = np.any(trace.sampled[k] != 0, axis=-1)
     given_now = (1 - mask)[..., None] * np.asarray(state.tokens)
     for half, dropped in ((0, False), (1, True)):
@@ -331,7 +331,7 @@ for policy in ("full", "marche"):
     parts, finite, _ = compiled(placed[0], state, *placed[1:])
   assert len(parts.tokens.sharding.device_set) == 2
   assert finite.shape == (4, 4) and finite.all()
-  np.testing.assert_array_equal(parts.order, whole.order)
+  np.testing.assert_array_equal(parts.by_rank, whole.by_rank)
   assert t.error(parts.tokens, np.asarray(whole.tokens)) <= t.RUN_TOLERANCE
   caches = jax.tree.leaves((parts.encoder_cache, parts.decoder_cache))
   assert len(caches) == (4 if policy == "marche" else 0)

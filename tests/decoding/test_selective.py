@@ -20,9 +20,9 @@ from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEE
 from marche_jax.decoding.recording import Trace
 from marche_jax.decoding.state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
-from marche_jax.planning import grouping
+from marche_jax.planning.draft import build
 from marche_jax.planning.plan import DecodePlan
-from marche_jax.planning.policies import make_plan
+from marche_jax.planning.policies import make_draft
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the standard deviation: whole runs,
 Z_TOLERANCE = 1e-4  # and z of an iteration whose known tokens are the recorded ones
@@ -39,9 +39,7 @@ decode = quick_jit(sampler.decode, static_argnames=sampler.STATIC)
 
 def small_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
   """A plan with one step shape of each kind, however padded: fewer to compile."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(grouping, "MAX_PADDING", np.inf)
-    return make_plan.__wrapped__(config, sample, num_known)
+  return build(make_draft(config, sample, num_known), max_padding=np.inf)
 
 
 # ---- recorded runs, one row at a time
@@ -76,7 +74,8 @@ class Recorded:
   def start(self) -> DecodeState:
     batch = len(self.golden["labels"])
     tokens = jnp.zeros((batch, self.config.seq_len, self.config.token_dim))
-    return state_lib.empty_state(self.plan, tokens, jnp.asarray(self.golden["orders"]), jnp.float32)
+    by_rank = jnp.asarray(self.golden["orders"][:, ::-1])
+    return state_lib.empty_state(self.plan, tokens, by_rank, jnp.float32)
 
   def step(self, state: DecodeState, k: int) -> tuple[DecodeState, Trace]:
     g, batch = self.golden, len(self.golden["labels"])
@@ -176,7 +175,8 @@ class FullRefresh:
     rows, tables = state_lib.plan_rows(found)
     self.labels, self.batch = g["labels"], len(g["labels"])
     tokens = jnp.zeros((self.batch, self.config.seq_len, self.config.token_dim))
-    state = state_lib.empty_state(found, tokens, jnp.asarray(g["orders"]), jnp.float32)
+    self.positions = g["orders"][:, ::-1]
+    state = state_lib.empty_state(found, tokens, jnp.asarray(self.positions), jnp.float32)
     keys = state_lib.image_keys(KEY, np.arange(self.batch))
     inputs = Inputs(self.labels, keys, teacher=g["sampled"].sum(axis=0))
     run = functools.partial(decode, config=self.config, step_shapes=found.step_shapes)
@@ -186,7 +186,6 @@ class FullRefresh:
     one = jax.tree.map(lambda x: np.pad(x[self.NUMBER : self.NUMBER + 1], pad), rows)
     one.shape_id[1:] = state_lib.IDLE  # the same program
     self.after, _, _ = run(self.params, self.before, one, tables, inputs)
-    self.positions = np.asarray(g["orders"])[:, ::-1]
 
   def fresh(self, half: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Q, K, V of encoder and decoder, each [L, B, n, width]."""
@@ -271,17 +270,17 @@ class Run:
     return rng.standard_normal((SMALL.seq_len, SMALL.token_dim)), mask
 
   def __call__(self, ids: list[int], teacher=None, trace=True, **static):
-    """(order, final tokens, trace) of some images; an image's label is its number modulo 8."""
+    """(positions by rank, final tokens, trace) of some images; an image's label: its number % 8."""
     keys = state_lib.image_keys(KEY, np.asarray(ids))
     known = tuple(np.stack(x) for x in zip(*map(self.known, ids)))
     first = generation.initial_state(self.plan, keys, known=known if self.num_known else None)
     dtype = static.get("dtype", jnp.float32)
-    state = state_lib.empty_state(self.plan, first.tokens, first.order, dtype)
+    state = state_lib.empty_state(self.plan, first.tokens, first.by_rank, dtype)
     inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
     static = {"config": SMALL, "step_shapes": self.plan.step_shapes, "trace": trace, **static}
     state, finite, found = decode(self.params, state, self.rows, self.tables, inputs, **static)
     assert finite.all()
-    return np.asarray(state.order), np.asarray(state.tokens), found
+    return np.asarray(state.by_rank), np.asarray(state.tokens), found
 
 
 @functools.cache
@@ -292,9 +291,9 @@ def run_of(policy: str) -> tuple[Run, tuple]:
 
 @pytest.mark.parametrize("policy", CASES)
 def test_every_position_is_generated_once_and_forced_tokens_are_active(policy):
-  run, (order, _, trace) = run_of(policy)
+  run, (positions, _, trace) = run_of(policy)
   generated = np.any(np.asarray(trace.sampled) != 0, axis=-1)  # [iteration, image, position]
-  by_rank = np.take_along_axis(generated, order[None, :, ::-1], axis=2)
+  by_rank = np.take_along_axis(generated, positions[None], axis=2)
   rank = np.arange(SMALL.seq_len)
   np.testing.assert_array_equal(by_rank.sum(axis=0), np.tile(rank >= run.num_known, (4, 1)))
   activity, position = np.asarray(trace.activity), np.arange(SMALL.num_tokens)
@@ -326,8 +325,8 @@ def test_every_position_is_generated_once_and_forced_tokens_are_active(policy):
 
 @pytest.mark.parametrize("policy", CASES)
 def test_known_tokens_stay(policy):
-  run, (order, tokens, _) = run_of(policy)
-  for image, ranks, found in zip((0, 1, 2, 7), order[:, ::-1], tokens):
+  run, (positions, tokens, _) = run_of(policy)
+  for image, ranks, found in zip((0, 1, 2, 7), positions, tokens):
     given, mask = run.known(image)
     if run.num_known:
       np.testing.assert_array_equal(np.sort(ranks[: run.num_known]), np.flatnonzero(mask == 0))
@@ -342,19 +341,19 @@ def test_known_tokens_stay(policy):
 
 @pytest.mark.parametrize("policy", CASES)
 def test_an_image_does_not_depend_on_its_neighbours(policy):
-  run, (order, tokens, _) = run_of(policy)
+  run, (positions, tokens, _) = run_of(policy)
   others, found, _ = run([2, 9, 0, 5])
   scale = float(tokens.std())
   for here, there in ((0, 2), (2, 0)):
-    np.testing.assert_array_equal(others[here], order[there])
+    np.testing.assert_array_equal(others[here], positions[there])
     assert np.abs(found[here] - tokens[there]).max() <= RUN_TOLERANCE * scale
   assert np.abs(found[1] - tokens[1]).max() > 0.1 * scale
 
 
 def test_an_image_does_not_depend_on_the_size_of_its_batch():
-  run, (order, tokens, _) = run_of("marche")
-  alone_order, alone, _ = run([2], trace=False)
-  np.testing.assert_array_equal(alone_order, order[2:3])
+  run, (positions, tokens, _) = run_of("marche")
+  alone_positions, alone, _ = run([2], trace=False)
+  np.testing.assert_array_equal(alone_positions, positions[2:3])
   assert np.abs(alone - tokens[2:3]).max() <= RUN_TOLERANCE * tokens.std()
 
 
@@ -385,9 +384,9 @@ def test_temporary_memory_holds_no_second_cache():
 
     def start(found: DecodePlan = found):
       tokens = jnp.zeros((batch, config.seq_len, config.token_dim))
-      order = jnp.zeros((batch, config.seq_len), jnp.int32)
+      by_rank = jnp.zeros((batch, config.seq_len), jnp.int32)
       keys = state_lib.image_keys(KEY, jnp.arange(batch))
-      state = state_lib.empty_state(found, tokens, order, jnp.float32)
+      state = state_lib.empty_state(found, tokens, by_rank, jnp.float32)
       return state, Inputs(jnp.zeros(batch, jnp.int32), keys)
 
     state, inputs = jax.eval_shape(start)

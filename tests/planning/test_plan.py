@@ -134,7 +134,7 @@ def check_state(plan: DecodePlan):
   """What a step shape reads or writes is there, and nothing else."""
   c = plan.config
   state = jax.eval_shape(
-    lambda tokens, order: state_lib.empty_state(plan, tokens, order, jnp.float32),
+    lambda tokens, by_rank: state_lib.empty_state(plan, tokens, by_rank, jnp.float32),
     jax.ShapeDtypeStruct((1, c.seq_len, c.token_dim), jnp.float32),
     jax.ShapeDtypeStruct((1, c.seq_len), jnp.int32),
   )
@@ -227,12 +227,12 @@ def test_cache_bytes_are_those_of_the_state():
     {"policy": "lazymar"},
   ):
     plan = make_plan(MAR_B, SampleConfig(num_iter=16, **fields))
-    tokens, order = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
+    tokens, by_rank = jnp.zeros((1, 256, 16)), jnp.zeros((1, 256), jnp.int32)
     state = jax.eval_shape(
-      lambda plan=plan, x=tokens, o=order: state_lib.empty_state(plan, x, o, jnp.float32)
+      lambda plan=plan, x=tokens, r=by_rank: state_lib.empty_state(plan, x, r, jnp.float32)
     )
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert plan.cache_bytes_per_image == size - tokens.nbytes - order.nbytes, fields
+    assert plan.cache_bytes_per_image == size - tokens.nbytes - by_rank.nbytes, fields
 
 
 def test_unknown_policy():
