@@ -17,7 +17,7 @@ from marche_jax.config import ModelConfig
 from marche_jax.decoding.stack import ActiveSet, Span, run_stack, take, take_active
 from marche_jax.decoding.state import DecodeState, Rows
 from marche_jax.models.mar import MAR, make_block
-from marche_jax.models.params import Params, subtree
+from marche_jax.models.params import Params
 from marche_jax.planning.shapes import StackShape, StepShape
 
 
@@ -67,7 +67,7 @@ class Transformer:
       num_carried=row.num_previous,
     )
     run = run_stack(
-      make_block(config, "encoder", self.dtype), subtree(self.params, "encoder_blocks"), shape, span,
+      make_block(config, "encoder", self.dtype), self.params["encoder_blocks"], shape, span,
       x, state.encoder_cache, state.encoder_carried, depth=config.encoder_depth, buffer=buffer,
     )  # fmt: skip
     embedded = apply(run.x, method="decoder_embedding")
@@ -109,7 +109,7 @@ class Transformer:
       The state, with the decoder's cache; output [X, num_asked, Dd]; and which tokens the decoder
       recomputed (None: all).
     """
-    config, params = self.config, subtree(self.params, "decoder_blocks")
+    config, params = self.config, self.params["decoder_blocks"]
     block = make_block(config, "decoder", self.dtype)
     buffer, depth = config.buffer_size, config.decoder_depth
     sequences, num_tokens = x.shape[:2]
