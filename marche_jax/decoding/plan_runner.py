@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from marche_jax.decoding.recording import Trace
 from marche_jax.decoding.state import DecodeState, Inputs, Rows
 from marche_jax.models.mar import Params
 from marche_jax.planning.plan import DecodePlan
+
+Tree = TypeVar("Tree")
 
 
 class NonFiniteLatentsError(ValueError):
@@ -85,7 +87,7 @@ class PlanRunner:
       "head_dtype": head_dtype, "trace": trace,
     }  # fmt: skip
 
-  def place(self, params: Params) -> Params:
+  def place(self, params: Tree) -> Tree:
     """Parameters where the program reads them: on every device of the mesh."""
     if self.mesh is None:
       return params
