@@ -171,7 +171,7 @@ def test_the_cached_head_written_out():
 
 
 def test_a_step_of_dpm_is_exact_where_x0_is_known():
-  """With the true x_0 predicted x_t stays N(alpha x_0, sigma^2), whatever diffusion steps are taken."""
+  """With the true x_0 predicted, x_t stays N(alpha x_0, sigma^2), however the steps are spaced."""
   c, process = COEFFICIENTS, PROCESS
   alpha, sigma = np.sqrt(process.alphas_cumprod), np.sqrt(1 - process.alphas_cumprod)
   to_alpha, to_sigma = np.append(1, alpha[:-1]), np.append(0, sigma[:-1])
