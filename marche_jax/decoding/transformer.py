@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from marche_jax.config import ModelConfig
 from marche_jax.decoding.stack import ActiveSet, Span, run_stack, store, take, take_active
 from marche_jax.decoding.state import DecodeState, Rows
-from marche_jax.models.mar import MAR, Params, make_block
+from marche_jax.models.mar import MAR, make_block
+from marche_jax.models.params import Params
 from marche_jax.planning.shapes import StackShape, StepShape
 
 
@@ -66,8 +67,8 @@ class Transformer:
       num_carried=row.num_previous,
     )
     run = run_stack(
-      make_block(config, "encoder", self.dtype), self.params["encoder_blocks"], shape, span, x,
-      state.encoder_cache, state.encoder_carried, depth=config.encoder_depth, buffer=buffer,
+      make_block(config, "encoder", self.dtype), self.params["encoder_blocks"], shape, span,
+      x, state.encoder_cache, state.encoder_carried, depth=config.encoder_depth, buffer=buffer,
     )  # fmt: skip
     embedded = apply(run.x, method="decoder_embedding")
 

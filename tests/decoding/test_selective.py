@@ -20,9 +20,9 @@ from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEE
 from marche_jax.decoding.recording import Trace
 from marche_jax.decoding.state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
-from marche_jax.planning import grouping
+from marche_jax.planning.draft import build
 from marche_jax.planning.plan import DecodePlan
-from marche_jax.planning.policies import make_plan
+from marche_jax.planning.policies import make_draft
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the standard deviation: whole runs,
 Z_TOLERANCE = 1e-4  # and z of an iteration whose known tokens are the recorded ones
@@ -39,9 +39,7 @@ decode = quick_jit(sampler.decode, static_argnames=sampler.STATIC)
 
 def small_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
   """A plan with one step shape of each kind, however padded: fewer to compile."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(grouping, "MAX_PADDING", np.inf)
-    return make_plan.__wrapped__(config, sample, num_known)
+  return build(make_draft(config, sample, num_known), max_padding=np.inf)
 
 
 # ---- recorded runs, one row at a time

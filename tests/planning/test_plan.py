@@ -134,7 +134,7 @@ def check_state(plan: DecodePlan):
   """What a step shape reads or writes is there, and nothing else."""
   c = plan.config
   state = jax.eval_shape(
-    lambda tokens, order: state_lib.empty_state(plan, tokens, order, jnp.float32),
+    lambda tokens, by_rank: state_lib.empty_state(plan, tokens, by_rank, jnp.float32),
     jax.ShapeDtypeStruct((1, c.seq_len, c.token_dim), jnp.float32),
     jax.ShapeDtypeStruct((1, c.seq_len), jnp.int32),
   )

@@ -57,7 +57,7 @@ def run_tool(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str
   return subprocess.run(
     [sys.executable, str(TOOL), "--config=config.py", "--data=images", "--vae=vae", *flags],
     cwd=work, capture_output=True, text=True, check=False,
-    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{pathlib.Path(__file__).parent}"},
   )  # fmt: skip
 
 
