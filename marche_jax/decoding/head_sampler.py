@@ -21,7 +21,7 @@ from marche_jax.config import ModelConfig
 from marche_jax.decoding.state import Array
 from marche_jax.models import diffusion
 from marche_jax.models.head import Head, modulate, normalize
-from marche_jax.models.mar import Params
+from marche_jax.models.params import Params
 from marche_jax.planning.head_schedule import CachedSteps
 
 MODULATION_ROWS = 256

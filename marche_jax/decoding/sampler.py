@@ -40,7 +40,7 @@ from marche_jax.decoding.state import (
   state_specs,
 )
 from marche_jax.decoding.transformer import Transformer, apply_difference
-from marche_jax.models.mar import Params
+from marche_jax.models.params import Params
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.shapes import HeadShape, StepShape
 

@@ -34,7 +34,8 @@ import jax.numpy as jnp
 
 from marche_jax.decoding.cache import KVCache, merged_attention
 from marche_jax.decoding.state import Array
-from marche_jax.models.mar import Block, Params, attention_output, attention_weights
+from marche_jax.models.mar import Block, attention_output, attention_weights
+from marche_jax.models.params import Params
 from marche_jax.planning.shapes import StackShape
 
 Carry = TypeVar("Carry")
