@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias, Union
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -11,11 +11,5 @@ import numpy as np
 Leaf: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 """One parameter: on a device, on the host, or its shape and dtype alone."""
 
-Params: TypeAlias = Mapping[str, Union[Leaf, "Params"]]
-
-
-def subtree(params: Params, name: str) -> Params:
-  """The parameters of a module within others."""
-  inner = params[name]
-  assert isinstance(inner, Mapping), name
-  return inner
+Params: TypeAlias = Mapping[str, Any]
+"""Values are `Leaf` or `Params`: Flax's trees are typed no further, and every access would ask."""

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import operator
 import os
 import pathlib
 import pickle
@@ -29,7 +30,7 @@ import jax
 import numpy as np
 
 from marche_jax.models import vae
-from marche_jax.models.params import Params, subtree
+from marche_jax.models.params import Params
 from marche_jax.weights import checkpoint
 from marche_jax.weights.checkpoint import PartConfig, PathLike
 
@@ -336,10 +337,7 @@ def write_safetensors(
 
 
 def _leaf(params: Params, path: tuple[str, ...]) -> np.ndarray:
-  *modules, name = path
-  leaf = functools.reduce(subtree, modules, params)[name]
-  assert isinstance(leaf, np.ndarray), path
-  return leaf
+  return functools.reduce(operator.getitem, path, params)  # type: ignore[arg-type]
 
 
 def _import(module: str) -> ModuleType:

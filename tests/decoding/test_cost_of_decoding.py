@@ -105,7 +105,11 @@ class Execution:
 
   def _scan(self, params: dict, args: list[Any]) -> list[Any]:
     assert not params["reverse"]
-    split = params["num_consts"], params["num_consts"] + params["num_carry"]
+    if "ft_in" in params:  # jax 0.12 gives the trees of the three
+      num_consts, num_carry, _ = (len(tree) for tree in params["ft_in"].unpack())
+    else:
+      num_consts, num_carry = params["num_consts"], params["num_carry"]
+    split = num_consts, num_consts + num_carry
     consts, carry, xs = args[: split[0]], args[split[0] : split[1]], args[split[1] :]
     outputs = len(params["jaxpr"].jaxpr.outvars) - len(carry)
     if not _branches(params["jaxpr"].jaxpr):  # every turn executes the same

@@ -1,6 +1,6 @@
 """Compiles the sharded sampler for TPU chips, without a TPU, and prints what came out as JSON.
 
-`test_tpu.py` runs this as a process of its own, with a Python that has the extra `tpu-aot`: the
+`test_tpu.py` runs this as a process of its own, with a Python that has the extra `tpu`: the
 compiler in libtpu must not be seen by a process that computes on another backend. By hand:
 
     export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1

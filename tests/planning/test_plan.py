@@ -141,7 +141,8 @@ def check_state(plan: DecodePlan):
   stacks = [stack for shape in plan.step_shapes for stack in (shape.encoder, shape.decoder)]
   selective = any(stack.active is not None for stack in stacks)
   assert (state.encoder_cache is not None) == (state.decoder_cache is not None) == selective
-  assert (state.scores is not None) == any(stack.carried for stack in stacks)
+  carries = any(stack.carried for stack in stacks)
+  assert (state.encoder_carried is not None) == (state.decoder_carried is not None) == carries
   one_half = any(shape.guided and shape.halves == 1 for shape in plan.step_shapes)
   assert (state.difference is not None) == one_half
 
