@@ -8,7 +8,6 @@ checkpoint. `--export=DIR` writes the EMA weights of the last checkpoint as a mo
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from marche_jax.config import Config, ModelConfig, VAEConfig
 from marche_jax.decoding import generation
 from marche_jax.files import check_writable
 from marche_jax.images import grid, write_png
+from marche_jax.models.params import Params
 from marche_jax.planning.policies import make_plan
 from marche_jax.training import trainer
 from marche_jax.weights import checkpoint
@@ -39,7 +39,7 @@ def define_flags() -> None:
   flags_lib.define_compilation_cache()
 
 
-def load_autoencoder(directory: str, config: ModelConfig) -> tuple[VAEConfig, Any]:
+def load_autoencoder(directory: str, config: ModelConfig) -> tuple[VAEConfig, Params]:
   """The autoencoder of a checkpoint, which must fit the model.
 
   Raises:
@@ -84,7 +84,7 @@ def main() -> None:
     vae_config, vae_params = load_autoencoder(flags.FLAGS.vae, config.model)
   check_writable(workdir)
 
-  def on_sample(params: Any, step: int) -> None:
+  def on_sample(params: Params, step: int) -> None:
     model = checkpoint.Model(config.model, params, vae_config, vae_params, config.sample)
     try:
       draw_grid(model, workdir / f"samples-{step:08d}.png")

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 from PIL import Image
 
 from marche_jax import sample

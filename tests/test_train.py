@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 KILLED = """
 import os, pathlib, signal, sys
 import tiny
-from marche_jax import trainer
+from marche_jax.training import trainer
 
 work, place = pathlib.Path(sys.argv[1]), sys.argv[2]
 

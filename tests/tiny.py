@@ -27,6 +27,25 @@ MODEL = ModelConfig(
   diffusion_batch_mul=1,
   latent_scale=1.0,
 )
+UNEQUAL = ModelConfig(
+  img_size=20,
+  vae_stride=1,
+  patch_size=4,
+  vae_embed_dim=3,
+  encoder_embed_dim=32,
+  encoder_depth=5,
+  encoder_num_heads=2,
+  decoder_embed_dim=24,
+  decoder_depth=6,
+  decoder_num_heads=3,
+  mlp_ratio=3.0,
+  class_num=5,
+  buffer_size=7,
+  diffloss_d=4,
+  diffloss_w=40,
+)
+"""Every width, depth and count differs, so that no two terms can be mistaken for each other."""
+
 SAMPLE = SampleConfig(num_iter=4, cfg=2.0, num_sampling_steps=4, max_timestep=950)
 
 

@@ -309,7 +309,7 @@ def report(
   }
 
 
-def judge(images: np.ndarray, labels: np.ndarray, config: ModelConfig) -> dict[str, Any] | None:
+def judge(images: np.ndarray, labels: np.ndarray, config: ModelConfig) -> quality.Report | None:
   """`quality.evaluate_samples`; None where the classifier cannot judge the images."""
   if not can_judge(config) or len(images) < 2:
     return None

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan
 from marche_jax.weights.checkpoint import Model
 
+Tree = TypeVar("Tree")
 VAE_BATCH = 8
 """Images that the autoencoder decodes at a time."""
 
@@ -66,7 +67,7 @@ class PlanRunner:
     if mesh is not None:
       self._decode, self._static = sampler.sharded_decode(mesh, plan, **dtypes), {}
 
-  def place(self, params: Params) -> Params:
+  def place(self, params: Tree) -> Tree:
     """Parameters where the program reads them: on every device of the mesh."""
     if self._mesh is None:
       return params

@@ -2,7 +2,7 @@
 
 Matrix products only, as is usual for model FLOPs; norms, activations and softmax are left out.
 Everything is of one image and of both guidance halves where there are two. Where the diffusion
-steps are row data (DiSA, GtR), the head takes modulations for up to `HeadShape.fewest` - 1 steps
+steps are row data (DiSA, GtR), the head takes modulations for up to `HeadShape.fewest` - 1 of them
 more than a row has: how many depends on the batch, and they are left out too.
 """
 
@@ -92,8 +92,8 @@ def head_flops(
   if shape.cached:
     assert shape.diffusion_steps is not None
     schedule = CachedSteps.of(shape.diffusion_steps, d)
-    kept = len(schedule.kept)  # blocks that a cached step still runs
-    # After every full step the modulations of as many cached ones are taken.
+    kept = len(schedule.kept)  # blocks that a cached diffusion step still runs
+    # After every full one the modulations of as many cached ones are taken.
     modulated = schedule.num_full * max(schedule.lengths)
     cheap = (shape.diffusion_steps - schedule.num_full) * (enter + leave)
     cheap += modulated * 2 * (3 * kept + 2) * w**2 + schedule.num_recomputed * 4 * kept * w**2

@@ -10,7 +10,7 @@ import numpy as np
 
 from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig, SampleConfig
 from marche_jax.models.diffusion import log_snr_timesteps, make_process, respaced_timesteps
-from marche_jax.planning.grouping import group_shapes
+from marche_jax.planning.grouping import MAX_PADDING, group_shapes
 from marche_jax.planning.plan import DecodePlan, Row
 from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
@@ -59,6 +59,7 @@ class Draft:
   iterations: list[Iteration]
   solver: str = "ddpm"
   stages: np.ndarray | None = None  # int [S] by position: lower stages are revealed first
+  # [start, end): image tokens of these ranks are put into raster order.
   raster_groups: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
   @property
@@ -66,16 +67,16 @@ class Draft:
     return self.sample.cfg != 1.0
 
   def timesteps(
-    self, num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS - 1
+    self, diffusion_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS - 1
   ) -> tuple[int, ...]:
-    """Timesteps of some diffusion steps, ascending, spaced as the solver wants them.
+    """Timesteps of so many diffusion steps, ascending, spaced as the solver wants them.
 
     Args:
-      num_steps: how many, at most: clipped ones may coincide.
+      diffusion_steps: how many, at most: clipped ones may coincide.
       max_timestep: the noisiest, unless `sample.max_timestep` is lower.
     """
     spaced = log_snr_timesteps if self.solver == "dpm++" else respaced_timesteps
-    return tuple(spaced(num_steps, min(max_timestep, self.sample.max_timestep)).tolist())
+    return tuple(spaced(diffusion_steps, min(max_timestep, self.sample.max_timestep)).tolist())
 
 
 def mask_schedule(unknown: int, num_iter: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,35 +152,44 @@ def make_iterations(
   ]
 
 
-def build(draft: Draft) -> DecodePlan:
+def build(draft: Draft, max_padding: float = MAX_PADDING) -> DecodePlan:
   """Groups the iterations of a draft into step shapes.
+
+  Args:
+    draft: as policies left it.
+    max_padding: see `grouping.group_shapes`.
 
   Raises:
     ValueError: where an iteration would need what none before it leaves behind.
   """
-  differences = _differences(draft)
-  exact = [_exact_shape(draft, k, differences[k]) for k in range(len(draft.iterations))]
-  shapes = group_shapes(draft.config, exact, [len(s.timesteps) for s in draft.iterations])
+  iterations = draft.iterations
+  sources = {r.source: r.layer for i in iterations for r in (i.encoder, i.decoder) if r}
+  carried_layer = sources.get("carried", 0)
+  exact = [
+    _exact_shape(draft, iteration, difference, carried_layer)
+    for iteration, difference in zip(iterations, _differences(draft))
+  ]
+  shapes = group_shapes(draft.config, exact, [len(i.timesteps) for i in iterations], max_padding)
   distinct = tuple(dict.fromkeys(shapes))
-  tables = dict.fromkeys(s.timesteps for s in draft.iterations)
-  tables |= dict.fromkeys(s.detail_timesteps for s in draft.iterations if s.num_detail)
+  tables = dict.fromkeys(i.timesteps for i in iterations)
+  tables |= dict.fromkeys(i.detail_timesteps for i in iterations if i.num_detail)
   names = list(tables)
   buffer = draft.config.buffer_size
   rows = tuple(
     Row(
       shape_id=distinct.index(shapes[k]),
-      num_known=s.num_known,
-      num_previous=s.num_previous,
-      num_predict=s.num_predict,
-      mask_len=s.mask_len,
-      cfg=s.cfg,
-      process=names.index(s.timesteps),
-      encoder_active=exact[k].encoder.active or buffer + s.num_known,
+      num_known=i.num_known,
+      num_previous=i.num_previous,
+      num_predict=i.num_predict,
+      mask_len=i.mask_len,
+      cfg=i.cfg,
+      process=names.index(i.timesteps),
+      encoder_active=exact[k].encoder.active or buffer + i.num_known,
       decoder_active=exact[k].decoder.active or draft.config.num_tokens,
-      num_detail=s.num_detail,
-      detail_process=names.index(s.detail_timesteps) if s.num_detail else 0,
+      num_detail=i.num_detail,
+      detail_process=names.index(i.detail_timesteps) if i.num_detail else 0,
     )
-    for k, s in enumerate(draft.iterations)
+    for k, i in enumerate(iterations)
   )
   processes = tuple(make_process(np.asarray(t, np.int64)) for t in names)
   return DecodePlan(
@@ -202,16 +212,24 @@ def _differences(draft: Draft) -> list[int]:
   return reach
 
 
-def _exact_shape(draft: Draft, k: int, difference: int) -> StepShape:
-  """The unpadded shape of a iteration."""
-  config, iteration = draft.config, draft.iterations[k]
-  sources = {r.source: r.layer for s in draft.iterations for r in (s.encoder, s.decoder) if r}
+def _exact_shape(
+  draft: Draft, iteration: Iteration, difference: int, carried_layer: int
+) -> StepShape:
+  """The unpadded shape of an iteration.
+
+  Args:
+    draft: what the iteration is of.
+    iteration: the iteration.
+    difference: of how many tokens it stores the difference of the halves.
+    carried_layer: whose attention is carried to the next iteration; 0: nothing is carried.
+  """
+  config = draft.config
 
   def stack(refresh: Refresh | None, slots: int, forced: int, fresh: int) -> StackShape:
     seen = config.buffer_size + slots
-    carried = max(1, fresh) if "carried" in sources else 0
+    carried = max(1, fresh) if carried_layer else 0
     if refresh is None or (refresh.source != "lower" and refresh.count >= seen):
-      return StackShape(slots, layer=sources.get("carried", 0), carried=carried)
+      return StackShape(slots, layer=carried_layer, carried=carried)
     return StackShape(
       slots,
       active=min(refresh.count, seen),

@@ -1,7 +1,7 @@
 """Padding: which rows of a plan share a step shape.
 
-Every distinct shape is compiled, so a plan has few; a row computes all slots of its shape, filled
-or not.
+Every distinct step shape is compiled, so a plan has few; a row computes all slots of its shape,
+filled or not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from marche_jax.config import ModelConfig
 from marche_jax.planning import cost
-from marche_jax.planning.shapes import StackShape, StepShape, places
+from marche_jax.planning.shapes import StackShape, StepShape, count_slots
 
 MAX_PADDING = 1.2
 """Padded over exact tokens in encoder and head above which a plan gets another step shape."""
@@ -26,17 +26,19 @@ def group_shapes(
   config: ModelConfig,
   exact: Sequence[StepShape],
   diffusion_steps: Sequence[int],
+  max_padding: float = MAX_PADDING,
 ) -> list[StepShape]:
   """Padded shapes of all rows: as few distinct ones as the bounds on padding allow.
 
   Rows of one kind, in their order, are cut into runs that share a shape. The cut of least work into
   a number of runs is found by dynamic programming; the kind that gains most gets another run until
-  encoder and head are padded by at most `MAX_PADDING`, or there are `MAX_STEP_SHAPES`.
+  encoder and head are padded by at most `max_padding`, or there are `MAX_STEP_SHAPES`.
 
   Args:
     config: sizes.
     exact: unpadded shape of every row.
-    steps: diffusion steps of every row.
+    diffusion_steps: of every row.
+    max_padding: padded over exact tokens, in encoder and head.
   """
   kinds: dict[StepShape, list[int]] = {}
   for k, shape in enumerate(exact):
@@ -49,7 +51,7 @@ def group_shapes(
     for rows, split, count in zip(kinds.values(), splits, counts):
       for k, shape in zip(rows, split[count - 1][1]):
         grouped[k] = shape
-    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact) <= MAX_PADDING:
+    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact) <= max_padding:
       return grouped
     gains = [
       split[count - 1][0] - split[count][0] if count < len(split) else -1.0
@@ -85,7 +87,7 @@ def _kind(shape: StepShape) -> StepShape:
   )
 
 
-def _widest(a: StepShape, b: StepShape) -> StepShape:
+def widest(a: StepShape, b: StepShape) -> StepShape:
   """The smallest shape that takes the rows of two shapes of one kind."""
 
   def stack(x: StackShape, y: StackShape) -> StackShape:
@@ -118,7 +120,7 @@ def _padding(
   exact: Sequence[StepShape],
 ) -> float:
   """The larger of padded over exact tokens, in encoder and head."""
-  both = (places(shapes, config.buffer_size) for shapes in (grouped, exact))
+  both = (count_slots(shapes, config.buffer_size) for shapes in (grouped, exact))
   return max(padded / unpadded for padded, unpadded in zip(*both))
 
 
@@ -127,15 +129,33 @@ def _splits(
 ) -> list[tuple[float, list[StepShape]]]:
   """For 1, 2, ... runs: the least work, and the shape of each row (of one kind)."""
   n = len(exact)
+  # Runs are many (33,000 of 256 rows) and their shapes few, so each shape is made and costed once.
+  numbers: dict[StepShape, int] = {}
+  shapes: list[StepShape] = []
+  costs: list[tuple[float, float]] = []  # work is linear in the number of diffusion steps
+  wider: dict[tuple[int, int], int] = {}  # number of the shape that takes the rows of two
+
+  def number(shape: StepShape) -> int:
+    if shape not in numbers:
+      numbers[shape] = len(shapes)
+      shapes.append(shape)
+      fixed, with_one = (cost.iteration_flops(config, shape, steps).total for steps in (0, 1))
+      costs.append((fixed, with_one - fixed))
+    return numbers[shape]
+
+  alone = [number(shape) for shape in exact]
   work = np.full((n + 1, n + 1), np.inf)  # work[i, j]: rows i to j - 1 as one run
-  shapes: dict[tuple[int, int], StepShape] = {}
+  shape_of: dict[tuple[int, int], int] = {}
   for i in range(n):
-    shape, total = exact[i], 0
+    run, total = alone[i], 0
     for j in range(i + 1, n + 1):
-      shape, total = _widest(shape, exact[j - 1]), total + diffusion_steps[j - 1]
-      # Work is linear in the number of diffusion steps.
-      work[i, j] = (j - i) * cost.iteration_flops(config, shape, total / (j - i)).total
-      shapes[i, j] = shape
+      pair = run, alone[j - 1]
+      if pair not in wider:
+        wider[pair] = number(widest(shapes[run], exact[j - 1]))
+      run, total = wider[pair], total + diffusion_steps[j - 1]
+      fixed, per_step = costs[run]
+      work[i, j] = (j - i) * fixed + total * per_step
+      shape_of[i, j] = run
   best, ends = work[0].copy(), [np.zeros(n + 1, int)]
   found = []
   for count in range(1, min(MAX_STEP_SHAPES, n) + 1):
@@ -147,7 +167,7 @@ def _splits(
     j = n
     for back in reversed(ends[:count]):
       i = int(back[j])
-      rows = [shapes[i, j]] * (j - i) + rows
+      rows = [shapes[shape_of[i, j]]] * (j - i) + rows
       j = i
     found.append((float(best[n]), rows))
   return found

@@ -7,7 +7,8 @@ import functools
 
 INTERVAL = 7
 RECOMPUTE_ABOVE = 0.9
-"""Above this share of the steps (the noisiest tenth) the kept blocks run in cached steps too."""
+"""Above this share of the diffusion steps (the noisiest tenth) the kept blocks run in cached
+ones too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +28,12 @@ class CachedSteps:
 
   @classmethod
   @functools.cache
-  def of(cls, steps: int, depth: int) -> CachedSteps:
-    """The schedule of a table of `steps` steps and a head of `depth` blocks."""
-    full = sorted({steps - 1, *range(0, steps, INTERVAL)}, reverse=True)
+  def of(cls, diffusion_steps: int, depth: int) -> CachedSteps:
+    """The schedule of a table of diffusion steps and a head of `depth` blocks."""
+    full = sorted({diffusion_steps - 1, *range(0, diffusion_steps, INTERVAL)}, reverse=True)
     ends = [*full[1:], -1]
-    recomputed = tuple(i not in full and i > RECOMPUTE_ABOVE * steps for i in range(steps))
+    above = RECOMPUTE_ABOVE * diffusion_steps
+    recomputed = tuple(i not in full and i > above for i in range(diffusion_steps))
     lengths = tuple(start - end - 1 for start, end in zip(full, ends))
     return cls(tuple(full), lengths, recomputed, tuple(sorted({0, depth - 1})))
 

@@ -2,8 +2,8 @@
 
 A plan is a list of rows, one per iteration, and a few distinct **step shapes**, the static part of
 a row. It is numpy in float64; nothing here is traced. Policies (`policies/`) edit a `draft.Draft`,
-which knows no padding; `draft.build` groups its steps into shapes. The sampler folds the rows over
-a `DecodeState` and branches on step shapes, never on a policy's name.
+which knows no padding; `draft.build` groups its iterations into shapes. The sampler folds the rows
+over a `DecodeState` and branches on step shapes, never on a policy's name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from marche_jax.config import ModelConfig
 from marche_jax.models.diffusion import Process
 from marche_jax.planning import cost
-from marche_jax.planning.shapes import StackShape, StepShape, describe, places
+from marche_jax.planning.shapes import StackShape, StepShape, count_slots, describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
   mask_len: int  # tokens still masked afterwards, as the guidance schedule counts them
   cfg: float  # guidance scale
   process: int  # index into the plan's diffusion processes
-  encoder_active: int  # tokens recomputed; in a full step all that the stack sees
+  encoder_active: int  # tokens recomputed; in a full iteration all that the stack sees
   decoder_active: int
   num_detail: int = 0  # tokens with diffusion steps of their own
   detail_process: int = 0  # index of those
@@ -45,7 +45,7 @@ class DecodePlan:
   processes: tuple[Process, ...]
   temperature: float
   stages: np.ndarray | None = None  # int [S] by position: lower stages are revealed first
-  raster_groups: tuple[tuple[int, int], ...] = ()  # ranks [start, end) put into raster order
+  raster_groups: tuple[tuple[int, int], ...] = ()  # ranks of image tokens, see `Draft`
 
   @property
   def guided(self) -> bool:
@@ -53,7 +53,7 @@ class DecodePlan:
 
   @property
   def cache_halves(self) -> int:
-    """Guidance halves of which keys and values are kept: 0 where no step is selective."""
+    """Guidance halves of which keys and values are kept: 0 where no iteration is selective."""
     selective = [s.halves for s in self.step_shapes if s.encoder.active or s.decoder.active]
     return max(selective, default=0)
 
@@ -71,11 +71,10 @@ class DecodePlan:
     c = self.config
     if not self.cache_halves:
       return 0
-    positions = c.num_tokens
     kv = 2 * (c.encoder_depth * c.encoder_embed_dim + c.decoder_depth * c.decoder_embed_dim)
-    values = self.cache_halves * positions * (kv + c.decoder_embed_dim)
+    values = self.cache_halves * c.num_tokens * (kv + c.decoder_embed_dim)
     values += self.stores_difference * c.seq_len * c.decoder_embed_dim
-    values += self.carries_scores * 2 * self.cache_halves * positions
+    values += self.carries_scores * 2 * self.cache_halves * c.num_tokens
     return 4 * values
 
   def diffusion_steps(self, row: Row) -> int:
@@ -85,7 +84,7 @@ class DecodePlan:
   def flops(self, padded: bool = True) -> cost.Flops:
     """Of one image; with `padded=False`, only of slots that hold a token.
 
-    Slots of stored differences and recorded attention, which are small, are counted as they are.
+    Slots of stored differences and carried attention, which are small, are counted as they are.
     """
     total = cost.Flops(0.0, 0.0, 0.0)
     for row in self.rows:
@@ -116,7 +115,7 @@ class DecodePlan:
   def padding(self) -> tuple[float, float]:
     """Padded over exact tokens: (recomputed in the encoder, predicted)."""
     shapes = [self.step_shapes[row.shape_id] for row in self.rows]
-    encoder, head = places(shapes, self.config.buffer_size)
+    encoder, head = count_slots(shapes, self.config.buffer_size)
     exact = sum(row.encoder_active for row in self.rows)
     return encoder / exact, head / sum(row.num_predict for row in self.rows)
 
@@ -133,10 +132,10 @@ class DecodePlan:
       shape = self.step_shapes[row.shape_id]
       active = ("all" if s.active is None else str(n) for s, n in (
         (shape.encoder, row.encoder_active), (shape.decoder, row.decoder_active)))  # fmt: skip
-      steps = f"{self.diffusion_steps(row):9d}" + ("c" if shape.head.cached else " ")
+      diffusion = f"{self.diffusion_steps(row):9d}" + ("c" if shape.head.cached else " ")
       lines.append(
         f"{k:4d}  {row.shape_id:5d}  {row.num_known:5d}  {row.num_predict:7d}  {row.mask_len:8d}  "
-        f"{row.cfg:5.2f}  {steps} {next(active):>15s}  {next(active):>7s}"
+        f"{row.cfg:5.2f}  {diffusion} {next(active):>15s}  {next(active):>7s}"
       )
     flops, (encoder, head) = self.flops(), self.padding()
     lines.append("")

@@ -10,43 +10,43 @@ from collections.abc import Sequence
 class StackShape:
   """Which tokens of a stack an iteration recomputes; see `stack.py` for the words."""
 
-  slots: int  # places for image tokens that the stack sees, besides the buffer
-  active: int | None = None  # places for tokens that are recomputed; None: all
-  forced: int = 0  # places for image tokens that are always recomputed
+  slots: int  # for image tokens that the stack sees, besides the buffer
+  active: int | None = None  # slots for tokens that are recomputed; None: all
+  forced: int = 0  # slots for image tokens that are always recomputed
   buffer: bool = False  # the buffer tokens are always recomputed too
   source: str = "none"  # of the scores of refresh tokens: none, scout, carried or lower
   score: str = "attention"  # attention or value
   layer: int = 0  # from 1; where the scores are taken
-  carried: int = 0  # places for tokens whose attention is carried to the next iteration
+  carried: int = 0  # slots for tokens whose attention is carried to the next iteration
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadShape:
   """How an iteration samples tokens given z."""
 
-  slots: int  # places for the tokens predicted now
+  slots: int  # for the tokens predicted now
   diffusion_steps: int | None  # of every row of this shape; None: row data
-  fewest: int = 1  # of them, in any of its rows
+  fewest: int = 1  # diffusion steps in any of its rows
   solver: str = "ddpm"
-  detail: int = 0  # places for tokens that get diffusion steps of their own
+  detail: int = 0  # slots for tokens that get diffusion steps of their own
   detail_diffusion_steps: int = 0
   cached: bool = False  # most diffusion steps reuse what the head computed before (LazyMAR)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-  """The static part of a row: one compiled step."""
+  """The static part of a row: one compiled iteration."""
 
   encoder: StackShape
   decoder: StackShape
   head: HeadShape
   guided: bool  # z has an unconditional half
   halves: int  # guidance halves that the transformer computes: 2, or 1 (conditional only)
-  difference: int = 0  # places for tokens whose unconditional minus conditional output is stored
+  difference: int = 0  # slots for tokens whose unconditional minus conditional output is stored
 
 
-def places(shapes: Sequence[StepShape], buffer: int) -> tuple[int, int]:
-  """Places in some step shapes for (tokens that the encoder recomputes, tokens predicted)."""
+def count_slots(shapes: Sequence[StepShape], buffer: int) -> tuple[int, int]:
+  """Slots in some step shapes for (tokens that the encoder recomputes, tokens predicted)."""
   encoder = sum(s.encoder.active or buffer + s.encoder.slots for s in shapes)
   return encoder, sum(s.head.slots for s in shapes)
 
@@ -68,7 +68,7 @@ def describe(shape: StepShape) -> str:
 
   halves = "" if shape.halves == 2 or not shape.guided else "; conditional half only"
   detail = (
-    f", {shape.head.detail} with {shape.head.detail_diffusion_steps} steps"
+    f", {shape.head.detail} with {shape.head.detail_diffusion_steps} diffusion steps"
     if shape.head.detail
     else ""
   )

@@ -16,8 +16,8 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, Union
 
 import flax.struct
 import jax
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from marche_jax.config import Config, ModelConfig, TrainConfig
 from marche_jax.files import atomic_write
 from marche_jax.models import mar, vae
+from marche_jax.models.params import Leaf, Params
 from marche_jax.training import data as data_lib
 from marche_jax.training import losses, sources
 
@@ -39,27 +40,31 @@ STACKED = ("encoder_blocks", "decoder_blocks")
 METRICS = ("step", "epoch", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second")
 
 
+Mask: TypeAlias = Mapping[str, Union[bool, "Mask"]]
+"""Whether something acts on a parameter, with the structure of the parameters."""
+
+
 @flax.struct.dataclass
 class TrainState:
   """What one update maps to the next."""
 
   step: jax.Array  # int32: updates done
-  params: Any  # float32
-  ema: Any  # float32, like params
-  opt_state: Any
+  params: Params  # float32
+  ema: Params  # float32, like params
+  opt_state: optax.OptState
 
 
 class NonFiniteLossError(ValueError):
   """The loss or its gradient became NaN or infinite."""
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: Params) -> Mask:
   """True where weight decay acts: not on biases, 1-D parameters and the head.
 
   Stacked layers count by the rank of one layer's parameter (reference: `add_weight_decay`).
   """
 
-  def decays(path: Any, leaf: Any) -> bool:
+  def decays(path: tuple[jax.tree_util.DictKey, ...], leaf: Leaf) -> bool:
     names = [entry.key for entry in path]
     rank = leaf.ndim - (names[0] in STACKED)
     return rank > 1 and names[-1] != "bias" and names[0] != "head"
@@ -180,7 +185,7 @@ class MetricsWriter:
 def train(
   config: Config,
   workdir: str | os.PathLike[str],
-  on_sample: Callable[[Any, int], None] | None = None,
+  on_sample: Callable[[Params, int], None] | None = None,
 ) -> TrainState:
   """Trains from the last checkpoint in `workdir`, or from the start, to the last epoch.
 
@@ -297,7 +302,7 @@ def train(
     return state
 
 
-def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Any, int]:
+def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Params, int]:
   """The EMA parameters (numpy, float32) of the last checkpoint in `workdir`, and its update.
 
   Nothing else of the checkpoint is read, and nothing is written.

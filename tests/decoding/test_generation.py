@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 
 from marche_jax import images
 from marche_jax.config import VAEConfig

@@ -1,4 +1,4 @@
-"""The head's sampling loop: its cache, its solvers, and the tokens that get more steps."""
+"""The head's sampling loop: its cache, its solvers, and tokens that get more diffusion steps."""
 
 from __future__ import annotations
 
@@ -51,17 +51,18 @@ def conditions(halves: int) -> np.ndarray:
 
 
 def sample(config: ModelConfig, params: dict, z: np.ndarray, halves: int, **kwargs) -> np.ndarray:
-  """The tokens drawn with recorded noise, guidance 2 and temperature 0.8."""
+  """The tokens drawn with given noise, guidance 2 and temperature 0.8."""
 
   @quick_jit
   def run(params: dict, z: jax.Array) -> jax.Array:
-    timesteps = COEFFICIENTS.timestep[None]
+    weights = head_sampler.prepare(params, config, COEFFICIENTS.timestep[None], jnp.float32)
+    run = head_sampler.DiffusionRun(jnp.int32(0), COEFFICIENTS, STEPS, **kwargs)
+    noise = head_sampler.TokenNoise(
+      NOISE[0], lambda i, t: jnp.asarray(NOISE)[1 + i], jnp.float32(0.8)
+    )
     return head_sampler.sample(
-      head_sampler.prepare(params, config, timesteps, jnp.float32), z, halves,
-      process=jnp.int32(0), coefficients=COEFFICIENTS, steps=STEPS, cfg=jnp.float32(2),
-      temperature=jnp.float32(0.8), initial_noise=NOISE[0],
-      step_noise=lambda i, t: jnp.asarray(NOISE)[1 + i], **kwargs,
-    )  # fmt: skip
+      weights, z, run, noise, head_sampler.Guidance(halves, jnp.float32(2))
+    )
 
   return np.asarray(run(params, z))
 
@@ -257,16 +258,16 @@ def test_detail_is_weighted_by_frequency(width):
 
 
 def test_tokens_of_most_detail_get_steps_of_their_own():
-  """Of two images, whose tokens of most detail differ; a place without a token never counts."""
+  """Of two images, whose tokens of most detail differ; a slot without a token never counts."""
   config, params = head(1)
-  places, valid = 6, 4
+  slots, valid = 6, 4
   processes = [make_process(np.arange(n) * (600 // n)) for n in (3, 5)]
   padded = [jax.tree.map(lambda x: np.pad(x, (0, 5 - len(x))), p.coefficients()) for p in processes]
   tables = Tables(jax.tree.map(lambda *x: np.stack(x), *padded), np.float32(1))
   zero = {f.name: np.int32(0) for f in dataclasses.fields(Rows)}
   keys = state_lib.image_keys(jax.random.key(0), jnp.arange(2))
-  predict = np.random.default_rng(1).permuted(np.tile(np.arange(16), (2, 1)), axis=1)[:, :places]
-  z = np.random.default_rng(2).standard_normal((2, 2, places, 12)).astype(np.float32)
+  predict = np.random.default_rng(1).permuted(np.tile(np.arange(16), (2, 1)), axis=1)[:, :slots]
+  z = np.random.default_rng(2).standard_normal((2, 2, slots, 12)).astype(np.float32)
   z[:, :, valid:] *= 100  # most detail of all, but there is no token
 
   def run(shape: HeadShape, **fields) -> np.ndarray:
@@ -280,15 +281,15 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
 
     return np.asarray(tokens(params, z))
 
-  coarse = run(HeadShape(places, 3))
-  fine = run(HeadShape(places, 5), process=np.int32(1))
+  coarse = run(HeadShape(slots, 3))
+  fine = run(HeadShape(slots, 5), process=np.int32(1))
   mixed = run(
-    HeadShape(places, 3, detail=3, detail_diffusion_steps=5),
+    HeadShape(slots, 3, detail=3, detail_diffusion_steps=5),
     num_detail=np.int32(2),
     detail_process=np.int32(1),
   )
   scores = np.asarray(head_sampler.detail_scores(z[0]))[:, :valid]
-  chosen = np.zeros((2, places), bool)
+  chosen = np.zeros((2, slots), bool)
   np.put_along_axis(chosen, np.argsort(-scores, axis=1)[:, :2], True, axis=1)
   assert (chosen[0] != chosen[1]).any()
   scale = fine[:, :valid].std()

@@ -46,7 +46,7 @@ def forwards(config: ModelConfig, params, f, visible: int) -> dict[str, jax.Arra
   head = functools.partial(apply, method="denoise")
   tokens = patchify(f["imgs"], config)
   embedding = apply(f["labels"], method="class_embedding")
-  encoded, _, _ = apply(tokens, f["mask"], embedding, visible, method="encode")
+  encoded, _, _ = apply(tokens, f["mask"], embedding, visible, method="forward_encoder")
   c = diffusion.make_process().coefficients().at(f["net_t"])
   xt = diffusion.add_noise(c, f["loss_x0"], f["loss_noise"])
   out = head(xt, f["net_t"], f["net_c"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.planning import cost
-from marche_jax.planning.grouping import MAX_PADDING, MAX_STEP_SHAPES, _widest, group_shapes
+from marche_jax.planning.grouping import MAX_PADDING, MAX_STEP_SHAPES, group_shapes, widest
 from marche_jax.planning.policies import make_plan
 from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
@@ -57,7 +57,7 @@ def test_slots_are_grouped_at_the_least_work(rows, first, selective):
   def split(cuts):
     bounds = [0, *cuts, len(rows)]
     return [
-      functools.reduce(_widest, every[i:j])
+      functools.reduce(widest, every[i:j])
       for i, j in itertools.pairwise(bounds)
       for _ in range(i, j)
     ]
@@ -79,11 +79,11 @@ def test_slots_are_grouped_at_the_least_work(rows, first, selective):
   grouped = group_shapes(config, every, steps.tolist())
   assert work(grouped) == pytest.approx(work(best))
   for shape, wide in zip(every, grouped):  # every row fits into its shape
-    assert _widest(wide, shape) == wide
+    assert widest(wide, shape) == wide
 
 
 def test_rows_of_another_kind_share_no_shape():
-  """Only numbers of places may be padded: what else a shape says is what the step does."""
+  """Only numbers of slots may be padded: what else a shape says is what the iteration does."""
   plan = make_plan(MAR_B, SampleConfig(num_iter=32, policy="marche", refresh_interval=3))
   selective = [plan.step_shapes[row.shape_id].decoder.active is not None for row in plan.rows]
   assert selective == [k % 3 > 0 for k in range(32)]

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 
-import jax
 import numpy as np
 import pytest
 from golden import DATA
@@ -18,7 +17,7 @@ from marche_jax.decoding import state as state_lib
 from marche_jax.models.diffusion import log_snr_timesteps, respaced_timesteps
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import POLICIES, make_plan, parse_policy
-from marche_jax.planning.policies.disa import disa_steps
+from marche_jax.planning.policies.disa import disa_diffusion_steps
 from marche_jax.planning.policies.gtr import checkerboard_stages, stage_iterations
 from marche_jax.planning.policies.lazymar import kept_share
 
@@ -103,7 +102,10 @@ def test_combinations_build(policy, num_iter, cfg):
   iterations = len(found.rows)
   if "disa" in names:
     assert max(max(t) for t in timesteps(found)) <= 950
-    steps = [respaced_timesteps(disa_steps(k, iterations), 950).tolist() for k in range(iterations)]
+    steps = [
+      respaced_timesteps(disa_diffusion_steps(k, iterations), 950).tolist()
+      for k in range(iterations)
+    ]
     if "recap" in names:  # whose local iterations take 40% of them
       for k in range(iterations // 2 + 1, iterations, 2):
         steps[k] = respaced_timesteps(max(1, round(0.4 * len(steps[k]))), 950).tolist()
@@ -133,7 +135,7 @@ def test_disa_equals_the_released_timesteps():
   steps = [len(t) for t in timesteps(plan("disa", num_iter=64))]
   assert (steps[-1], round(np.mean(steps))) == (5, 26)
   assert plan("disa", num_iter=1).rows[0].num_predict == 256
-  assert disa_steps(0, 1) == 50
+  assert disa_diffusion_steps(0, 1) == 50
 
 
 def test_disa_respects_a_lower_max_timestep():
@@ -176,8 +178,8 @@ def test_a_checkerboard(grid):
 def test_neighbours_are_known_in_the_reconstruction():
   """In every image: when a token of the last stage is predicted, all its neighbours are there."""
   found = plan("gtr", SMALL, num_iter=18)
-  keys = state_lib.image_keys(jax.random.key(0), np.arange(20))
-  by_rank = np.asarray(state_lib.arrange(found, state_lib.random_order(keys, 36)))
+  given = np.stack([np.random.default_rng(i).permutation(36) for i in range(20)])
+  by_rank = np.asarray(state_lib.arrange(found, given))
   np.testing.assert_array_equal(np.sort(by_rank, axis=1), np.tile(np.arange(36), (20, 1)))
   stage = checkerboard_stages(SMALL)
   assert (np.diff(stage[by_rank], axis=1) >= 0).all()
@@ -373,7 +375,7 @@ def test_a_size_above_the_sequence_is_clipped(field, caplog):
   logging.getLogger("absl").propagate = True
   with caplog.at_level(logging.WARNING, "absl"):
     found = plan("marche", SMALL, num_iter=6, **{field: 101})
-  assert caplog.messages == [f"sample.{field}=101: clipped to all 100 positions"]
+  assert caplog.messages == [f"sample.{field}=101: clipped to all 100 tokens"]
   stack = "decoder" if field == "active_size" else "encoder"
   assert all(getattr(s, stack).active is None for s in shapes(found))  # the plan's shortcut
   # All of the decoder's tokens mean those of the encoder too.

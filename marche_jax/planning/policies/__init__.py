@@ -2,8 +2,8 @@
 
 `full` makes the draft: MAR as published. Every other policy changes one **aspect** of it: the order
 and the counts ('order'), which tokens the transformer recomputes ('cache'), or the diffusion steps
-('steps'). Policies of different aspects combine freely, `marche+disa+gtr`; two of the same aspect
-contradict each other. `turbo` is a combination itself.
+('diffusion'). Policies of different aspects combine freely, `marche+disa+gtr`; two of the same
+aspect contradict each other. `turbo` is a combination itself.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ POLICIES: dict[str, Policy] = {
     gtr, frozenset({"order"}), frozenset({"detail_tokens"}), frozenset({"num_sampling_steps"})
   ),
   "turbo": Policy(
-    turbo, frozenset({"order", "steps"}), overrides=frozenset({"num_sampling_steps", "solver"})
+    turbo, frozenset({"order", "diffusion"}), overrides=frozenset({"num_sampling_steps", "solver"})
   ),
   "disa": Policy(
-    disa, frozenset({"steps"}), overrides=frozenset({"num_sampling_steps", "detail_tokens"})
+    disa, frozenset({"diffusion"}), overrides=frozenset({"num_sampling_steps", "detail_tokens"})
   ),
   "recap": Policy(recap, frozenset({"cache"}), frozenset({"recap_raster"})),
   "lazymar": Policy(lazymar, frozenset({"cache"}), frozenset({"head_cache"})),
@@ -113,13 +113,22 @@ def parse_policy(policy: str) -> list[str]:
 ASPECTS = {
   "order": "order and number of tokens per iteration",
   "cache": "tokens that are recomputed",
-  "steps": "diffusion steps",
+  "diffusion": "diffusion steps",
 }
 
 
 @functools.lru_cache(maxsize=64)
 def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
-  """The plan of `sample.policy` for images of which `num_known` tokens are given.
+  """The plan of `sample.policy` for images of which `num_known` tokens are given: `make_draft`'s.
+
+  Raises:
+    ValueError: as `make_draft`.
+  """
+  return build(make_draft(config, sample, num_known))
+
+
+def make_draft(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> Draft:
+  """The draft of `sample.policy` for images of which `num_known` tokens are given.
 
   Raises:
     ValueError: for an unknown policy or a contradicting combination, more iterations than tokens to
@@ -131,4 +140,4 @@ def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> 
   draft.iterations = full_iterations(config, sample, num_known, timesteps)
   for name in names:
     POLICIES[name].apply(draft)
-  return build(draft)
+  return draft

@@ -7,7 +7,7 @@ from marche_jax.planning.draft import Draft
 FIRST, LAST, MAX_TIMESTEP = 50, 5, 950
 
 
-def disa_steps(iteration: int, num_iter: int) -> int:
+def disa_diffusion_steps(iteration: int, num_iter: int) -> int:
   """Diffusion steps of an iteration: 50 at the first, 5 at the last.
 
   T_k = 5 + floor(45 (N - 1 - k) / (N - 1)); 50 where there is one iteration only.
@@ -23,5 +23,6 @@ def disa(draft: Draft) -> None:
   The noisiest timesteps are clipped at 950.
   """
   for k, iteration in enumerate(draft.iterations):
-    iteration.timesteps = draft.timesteps(disa_steps(k, len(draft.iterations)), MAX_TIMESTEP)
+    count = disa_diffusion_steps(k, len(draft.iterations))
+    iteration.timesteps = draft.timesteps(count, MAX_TIMESTEP)
     iteration.num_detail = 0

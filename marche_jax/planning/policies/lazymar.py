@@ -13,12 +13,12 @@ LAYER = 4
 MARGIN = 15
 """Tokens that are kept besides the forced ones, at least."""
 
-# (iteration of 64 up to which it holds, share of all positions that is kept)
+# (iteration of 64 up to which it holds, share of all tokens that is kept)
 KEPT = ((20, 1.0), (21, 0.6), (25, 0.5), (30, 0.4), (35, 0.15), (40, 0.12), (64, 0.05))
 
 
 def kept_share(iteration: int, num_iter: int) -> float:
-  """The share of positions that the decoder keeps, by the relative progress of decoding."""
+  """The share of tokens that the decoder keeps, by the relative progress of decoding."""
   of_64 = iteration * 64 / num_iter
   return next(share for end, share in KEPT if of_64 < end)
 

@@ -16,7 +16,7 @@ from absl import logging
 from marche_jax.planning.draft import Draft, Iteration, Refresh
 
 ACTIVE_SHARE = 0.2
-"""Of all positions: 64 of 256 tokens and 64 buffer tokens."""
+"""Of all tokens: 64 of 256 image tokens and 64 buffer tokens."""
 
 
 def marche(draft: Draft) -> None:
@@ -35,11 +35,11 @@ def marche(draft: Draft) -> None:
   _check_layer(draft)
   config = draft.config
   decoder = _sizes(
-    draft, "active_size", ACTIVE_SHARE, selective, lambda s: s.num_previous + s.num_predict
+    draft, "active_size", ACTIVE_SHARE, selective, lambda i: i.num_previous + i.num_predict
   )
   # Who asks for all tokens means both stacks.
   share = 1.0 if sample.active_size >= config.num_tokens else ACTIVE_SHARE / 2
-  encoder = _sizes(draft, "encoder_active_size", share, selective, lambda s: s.num_previous)
+  encoder = _sizes(draft, "encoder_active_size", share, selective, lambda i: i.num_previous)
   for k in selective:
     iteration = iterations[k]
     everything = encoder[k] >= config.buffer_size + iteration.num_known
@@ -68,14 +68,14 @@ def _check_layer(draft: Draft) -> None:
 def _sizes(
   draft: Draft, field: str, share: float, selective: list[int], forced: Callable[[Iteration], int]
 ) -> dict[int, int]:
-  """The active size of every selective iteration: that of a field, or a share of all positions.
+  """The active size of every selective iteration: that of a field, or a share of all tokens.
 
   A size that was given must hold the forced tokens of every iteration; the share is raised.
   """
-  given, positions = getattr(draft.sample, field), draft.config.num_tokens
-  if given > positions:
-    logging.warning("sample.%s=%d: clipped to all %d positions", field, given, positions)
-  size = min(given, positions) if given else max(1, round(share * positions))
+  given, num_tokens = getattr(draft.sample, field), draft.config.num_tokens
+  if given > num_tokens:
+    logging.warning("sample.%s=%d: clipped to all %d tokens", field, given, num_tokens)
+  size = min(given, num_tokens) if given else max(1, round(share * num_tokens))
   sizes = {}
   for k in selective:
     need = forced(draft.iterations[k])

@@ -6,7 +6,7 @@ import numpy as np
 
 from marche_jax.planning.draft import Draft, Refresh, guidance_schedule
 
-LOCAL_STEPS = 0.4
+LOCAL_SHARE = 0.4
 """Share of the diffusion steps that a local iteration takes."""
 
 
@@ -24,7 +24,7 @@ def recap(draft: Draft) -> None:
     forced = buffer + iteration.num_previous
     iteration.encoder = Refresh(forced, buffer=True)
     iteration.decoder = Refresh(forced + iteration.num_predict, buffer=True)
-    count = max(1, round(LOCAL_STEPS * len(iteration.timesteps)))
+    count = max(1, round(LOCAL_SHARE * len(iteration.timesteps)))
     iteration.timesteps = draft.timesteps(count, max_timestep=iteration.timesteps[-1])
     if draft.sample.recap_raster:
       draft.raster_groups.append(

@@ -1,6 +1,6 @@
 """Turbo: the fastest combination whose quality stays with `full` on the embedded model.
 
-Ours: GtR's order in fewer iterations still, each of them full, and few steps of a diffusion solver
+Ours: GtR's order in fewer iterations still, each of them full, and few diffusion steps of a solver
 of second order. `docs/policies.md` has what it was chosen from; caching tokens, which combines with
 it as `turbo+marche`, cost more quality there than it gained speed.
 """
@@ -13,7 +13,7 @@ from marche_jax.planning.policies.gtr import checkerboard
 SHARE = 0.375
 """Of GtR's iterations: 12 where plain MAR takes 64."""
 
-STEPS, MAX_TIMESTEP = 9, 950
+DIFFUSION_STEPS, MAX_TIMESTEP = 9, 950
 """Diffusion steps of every iteration, and the noisiest timestep among them."""
 
 
@@ -22,4 +22,4 @@ def turbo(draft: Draft) -> None:
   checkerboard(draft, SHARE * draft.sample.num_iter)
   draft.solver = "dpm++"
   for iteration in draft.iterations:
-    iteration.timesteps = draft.timesteps(STEPS, MAX_TIMESTEP)
+    iteration.timesteps = draft.timesteps(DIFFUSION_STEPS, MAX_TIMESTEP)
