@@ -176,7 +176,7 @@ class SampleConfig:
   temperature: float = 1.0  # factor on the noise of the diffusion steps
   num_sampling_steps: int = 100  # diffusion steps per token
   max_timestep: int = NUM_TRAIN_TIMESTEPS - 1  # noisiest timestep used (DiSA: 950)
-  solver: str = "ddpm"  # ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, for 10-20 steps)
+  solver: str = "ddpm"  # ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, for 10-20 diffusion steps)
   policy: str = "full"  # what accelerates decoding; names joined by +, see planning/policies/
   # The fields below are those of policies.
   active_size: int = 0  # marche: tokens that the decoder recomputes; 0: a fifth, or what is forced

@@ -66,11 +66,11 @@ def draw_grid(model: checkpoint.Model, path: pathlib.Path) -> None:
 def export(config: Config, workdir: pathlib.Path, directory: str, dtype: str) -> None:
   """Writes the EMA weights of the last checkpoint in `workdir` as a model."""
   checkpoint.check_destination(directory, "mar", config.model)
-  params, step = trainer.load_ema(workdir, config.model)
+  params, updates = trainer.load_ema(workdir, config.model)
   checkpoint.save_model(
     directory, "mar", config.model, params, sample_config=config.sample, dtype=dtype
   )
-  print(f"{directory}: EMA weights of update {step}")
+  print(f"{directory}: EMA weights of update {updates}")
 
 
 def main() -> None:
@@ -86,12 +86,12 @@ def main() -> None:
     vae_config, vae_params = load_autoencoder(flags.FLAGS.vae, config.model)
   check_writable(workdir)
 
-  def on_sample(params: Params, step: int) -> None:
+  def on_sample(params: Params, update: int) -> None:
     model = checkpoint.Model(config.model, params, vae_config, vae_params, config.sample)
     try:
-      draw_grid(model, workdir / f"samples-{step:08d}.png")
+      draw_grid(model, workdir / f"samples-{update:08d}.png")
     except NonFiniteLatentsError as error:
-      print(f"no samples at update {step}: {error}")
+      print(f"no samples at update {update}: {error}")
 
   draws = config.model.vae_stride == 1 or vae_config is not None
   if not draws and config.train.sample_every:

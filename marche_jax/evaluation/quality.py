@@ -29,7 +29,7 @@ IMAGE_SHAPE = (28, 28, 1)
 NUM_CLASSES = 10
 NUM_FEATURES = 128
 CLASSIFIER_FILE = DIRECTORY / "classifier.npz"
-_BATCH = 256  # images per compiled step
+_BATCH = 256  # images per compiled call
 _WEIGHT = "weight/"  # prefix of the weights' names in the file
 
 

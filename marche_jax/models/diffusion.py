@@ -1,7 +1,8 @@
 """The diffusion process of the head: schedules on the host, arithmetic on the device.
 
 Schedules are float64 numpy, computed before anything is traced. Device arithmetic is float32
-whatever the dtype of the network, and works on the last axis C of [..., C] tokens.
+whatever the dtype of the network, and works on the last axis C of [..., C] tokens. A step is a
+diffusion step everywhere in this file.
 
 Reference: `diffusion/gaussian_diffusion.py`, `diffusion/respace.py` and `models/diffloss.py` of
 MAR; the process is that of Improved DDPM (arXiv 2102.09672) with a cosine schedule, a model that

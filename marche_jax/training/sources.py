@@ -155,12 +155,12 @@ class LatentSource(Source):
                        "(model.vae_stride=1)")  # fmt: skip
     channels, height, width = model.latent_shape
     shape = (2 * channels, height, width)
-    self._moments = _map_moments(directory / "moments.npy", shape)
+    self.moments = _map_moments(directory / "moments.npy", shape)
     label_file, flip_file = directory / "labels.npy", directory / "moments_flip.npy"
     labels = _map_array(label_file)
-    one_each = labels.dtype.kind in "iu" and labels.shape == self._moments.shape[:1]
+    one_each = labels.dtype.kind in "iu" and labels.shape == self.moments.shape[:1]
     _require(one_each, label_file, f"{labels.dtype} {list(labels.shape)}",
-             f"integers [{len(self._moments)}]")  # fmt: skip
+             f"integers [{len(self.moments)}]")  # fmt: skip
     self.labels = _check_labels(label_file, labels, model)
     self._flipped = None
     if flip and not flip_file.exists():
@@ -178,7 +178,7 @@ class LatentSource(Source):
     return {"moments": moments[index].astype(np.float32), "label": int(self.labels[index])}
 
   def __getitem__(self, index: int) -> Record:
-    return self._record(self._moments, index)
+    return self._record(self.moments, index)
 
   def mirrored(self, index: int) -> Record:
     """The moments of the mirrored image."""

@@ -148,12 +148,12 @@ def update(
 class MetricsWriter:
   """Appends metrics to `metrics.csv` and, where tensorboardX is installed, to TensorBoard."""
 
-  def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
+  def __init__(self, workdir: pathlib.Path, first_update: int) -> None:
     self._path = workdir / "metrics.csv"
     rows = []
     if self._path.exists():  # drop what a killed run logged after its last checkpoint
       with self._path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_update]
     with atomic_write(self._path) as aside, aside.open("w", newline="") as file:
       writer = csv.DictWriter(file, METRICS)
       writer.writeheader()
@@ -164,7 +164,7 @@ class MetricsWriter:
       logging.warning("no TensorBoard events: pip install 'marche_jax[train]' brings tensorboardX")
       self._board = None
     else:
-      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_update + 1)
 
   def write(self, row: dict[str, float]) -> None:
     """Writes one row of `METRICS`."""
@@ -192,7 +192,7 @@ def train(
   Args:
     config: of the run.
     workdir: takes `checkpoints/`, `metrics.csv` and `tensorboard/`.
-    on_sample: called with (EMA parameters, step) every `train.sample_every` updates.
+    on_sample: called with (EMA parameters, updates done) every `train.sample_every` updates.
 
   Returns:
     The final state.
@@ -244,7 +244,7 @@ def train(
       state = restored["state"]
       batches.set_state(restored["data"])
       logging.info("resumed from update %d", latest)
-    step_fn = jax.jit(
+    run_update = jax.jit(
       functools.partial(update, config=config, optimizer=optimizer),
       donate_argnums=0,
       out_shardings=(replicated, replicated),
@@ -275,7 +275,7 @@ def train(
     bar = tqdm(range(start, total), initial=start, total=total, desc="train", unit="update")
     for i in bar:
       batch = jax.device_put(next(batches), sharded)
-      state, metrics = step_fn(state, batch)
+      state, metrics = run_update(state, batch)
       pending.append((i + 1, metrics))
       done = i + 1
       at_checkpoint = done % t.checkpoint_every == 0 or done == total

@@ -126,7 +126,7 @@ def save_model(
         if p.is_file()
       },
     }
-    (aside / "config.json").write_text(_sealed(body))
+    (aside / "config.json").write_text(sealed(body))
 
 
 def check_destination(
@@ -253,7 +253,7 @@ def _written_aside(
     raise
 
 
-def _sealed(body: dict[str, object]) -> str:
+def sealed(body: dict[str, object]) -> str:
   """The text of config.json: the body and, last, the SHA-256 of the body alone."""
   text = json.dumps(body, indent=1)
   digest = hashlib.sha256(text.encode()).hexdigest()
@@ -300,7 +300,7 @@ def _read_config(directory: PathLike, kind: str, cls: type[C]) -> _Stored[C]:
     body = json.loads(text)
     found = isinstance(body, dict) and body.pop("sha256", None)
     # The text must be the one that was written, to the byte.
-    intact = bool(found) and _sealed(body) == text
+    intact = bool(found) and sealed(body) == text
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"checkpoint {directory}: {kind}/config.json is damaged ({error})") from error
   if not intact:

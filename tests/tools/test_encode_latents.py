@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import golden
 import jax
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ _spec.loader.exec_module(encode_latents)
 
 @pytest.fixture(scope="module")
 def params() -> vae.Params:
-  return jax.tree.map(np.asarray, vae.init_params(VAE, jax.random.key(3)))
+  return jax.tree.map(np.asarray, golden.random_params(VAE, seed=3))
 
 
 @pytest.fixture
