@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
   from marche_jax.config import ModelConfig, SampleConfig
-  from marche_jax.decoding.generation import generate, to_images
+  from marche_jax.decoding.generation import generate
+  from marche_jax.decoding.pixels import to_images
   from marche_jax.weights.checkpoint import Model, load_model, save_model
 
 __all__ = [
@@ -19,7 +20,7 @@ _HOMES = {
   "generate": "decoding.generation",
   "load_model": "weights.checkpoint",
   "save_model": "weights.checkpoint",
-  "to_images": "decoding.generation",
+  "to_images": "decoding.pixels",
 }
 
 

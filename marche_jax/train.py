@@ -16,7 +16,9 @@ from absl import flags
 from marche_jax import config as config_lib
 from marche_jax import flags as flags_lib
 from marche_jax.config import Config, ModelConfig, VAEConfig
-from marche_jax.decoding import generation
+from marche_jax.decoding.generation import generate
+from marche_jax.decoding.pixels import to_images
+from marche_jax.decoding.plan_runner import NonFiniteLatentsError
 from marche_jax.files import check_writable
 from marche_jax.images import grid, write_png
 from marche_jax.models.params import Params
@@ -57,8 +59,8 @@ def draw_grid(model: checkpoint.Model, path: pathlib.Path) -> None:
   """Writes a grid of samples: eight columns, a class per row at most."""
   rows = min(model.config.class_num, 10)
   labels = np.repeat(np.arange(rows), 8)
-  latents = generation.generate(model, labels, jax.random.key(0))
-  write_png(path, grid(generation.to_images(model, latents), columns=8), scale=2)
+  latents = generate(model, labels, jax.random.key(0))
+  write_png(path, grid(to_images(model, latents), columns=8), scale=2)
 
 
 def export(config: Config, workdir: pathlib.Path, directory: str, dtype: str) -> None:
@@ -88,7 +90,7 @@ def main() -> None:
     model = checkpoint.Model(config.model, params, vae_config, vae_params, config.sample)
     try:
       draw_grid(model, workdir / f"samples-{update:08d}.png")
-    except generation.NonFiniteLatentsError as error:
+    except NonFiniteLatentsError as error:
       print(f"no samples at update {update}: {error}")
 
   draws = config.model.vae_stride == 1 or vae_config is not None

@@ -21,15 +21,14 @@ from marche_jax.config import ModelConfig
 from marche_jax.decoding.state import Array
 from marche_jax.models import diffusion
 from marche_jax.models.head import Head, modulate, normalize
-from marche_jax.models.mar import Params
+from marche_jax.models.params import Params
 from marche_jax.planning.head_schedule import CachedSteps
 
 MODULATION_ROWS = 256
-"""Rows (diffusion steps times tokens) up to which modulations are one product.
+"""Rows (diffusion steps times tokens) up to which modulations are taken as one product.
 
 More rows make no product cheaper per row and need more memory, 4 (3d + 2) w bytes each.
 """
-
 
 Layer = dict[str, jax.Array]
 """Parameters of a layer: kernel and bias, or scale and bias."""
@@ -67,8 +66,8 @@ class TokenNoise:
   """The noise of the tokens that are drawn."""
 
   initial: jax.Array  # x_T, float32 [n, C]
+  # Of a diffusion step: (index of the executed one from 0, its timestep) -> float32 [n, C].
   of_step: Callable[[jax.Array, jax.Array], jax.Array]
-  # (index of the executed diffusion step from 0, its timestep) -> float32 [n, C]
   temperature: jax.Array  # factor on what a diffusion step adds, float32 []
 
 
@@ -195,7 +194,7 @@ def sample(
   time = weights.time[run.process]
 
   def advance(index: jax.Array, state: LoopState, out: jax.Array) -> LoopState:
-    """One step of the solver from its index and the guided output."""
+    """One diffusion step of the solver from its index and the guided output."""
     x, before = state
     c = run.coefficients.at(index)
     drawn = noise.of_step(run.num_steps - 1 - index, c.timestep)
@@ -225,18 +224,18 @@ def _sample_plain(
   together = steps_together(static or run.fewest, cond.shape[0])
 
   def chunk(number: jax.Array, state: LoopState) -> LoopState:
-    last = num_steps - 1 - number * together  # index of the chunk's first executed step
+    last = num_steps - 1 - number * together  # index of the chunk's first executed diffusion step
     indices = jnp.maximum(last - jnp.arange(together), 0)
     modulation = modulations(weights.modulation, time[indices], cond)
 
-    def step(i: jax.Array, state: LoopState) -> LoopState:
+    def diffusion_step(i: jax.Array, state: LoopState) -> LoopState:
       out = guidance.combine(denoise(weights, state[0], modulation[i]))
       return advance(last - i, state, out)
 
     # A static trip count where there is one: others cost a GPU a round trip to the host per trip.
     exact = static is not None and static % together == 0
     trips = together if exact else jnp.minimum(together, last + 1)
-    return jax.lax.fori_loop(0, trips, step, state)
+    return jax.lax.fori_loop(0, trips, diffusion_step, state)
 
   return jax.lax.fori_loop(0, -(-num_steps // together), chunk, start)[0]
 
@@ -280,7 +279,7 @@ def _sample_cached(
     following = jnp.maximum(index - 1 - jnp.arange(longest), 0)
     modulation = modulations(few, time[following], cond[:rows])
 
-    def step(
+    def cached_step(
       i: jax.Array, carry: tuple[LoopState, tuple[jax.Array, ...]]
     ) -> tuple[LoopState, tuple[jax.Array, ...]]:
       state, outputs = carry
@@ -294,7 +293,7 @@ def _sample_cached(
       return advance(at, state, out), outputs
 
     trips = jnp.asarray(schedule.lengths)[number]
-    return jax.lax.fori_loop(0, trips, step, (state, outputs))[0]
+    return jax.lax.fori_loop(0, trips, cached_step, (state, outputs))[0]
 
   return jax.lax.fori_loop(0, schedule.num_full, group, start)[0]
 

@@ -40,7 +40,7 @@ from marche_jax.decoding.state import (
   state_specs,
 )
 from marche_jax.decoding.transformer import Transformer, apply_difference
-from marche_jax.models.mar import Params
+from marche_jax.models.params import Params
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.shapes import HeadShape, StepShape
 
@@ -56,7 +56,7 @@ def token_noise(
     given = inputs.noise
     flat = (predict.size, channels)
     pick = lambda x: jnp.take_along_axis(x, predict[..., None], axis=1).reshape(flat)
-    of_step = lambda i, timestep: pick(given.steps[i])
+    of_step = lambda i, timestep: pick(given.diffusion_steps[i])
     return head_sampler.TokenNoise(pick(given.initial), of_step, temperature)
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
   stream = jax.vmap(lambda k: jax.random.fold_in(k, NOISE_STREAM))(inputs.keys)

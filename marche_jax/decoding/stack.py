@@ -34,7 +34,8 @@ import jax.numpy as jnp
 
 from marche_jax.decoding.cache import KVCache, merged_attention
 from marche_jax.decoding.state import Array
-from marche_jax.models.mar import Block, Params, attention_output, attention_weights
+from marche_jax.models.mar import Block, attention_output, attention_weights
+from marche_jax.models.params import Params
 from marche_jax.planning.shapes import StackShape
 
 Carry = TypeVar("Carry")
@@ -114,6 +115,33 @@ def take(x: jax.Array, active: ActiveSet | None, ranks: Array) -> jax.Array:
 def take_active(x: jax.Array, active: ActiveSet) -> jax.Array:
   """x by rank [X, M, ...] -> by slot [X, A, ...]."""
   return jnp.take_along_axis(x, active.ranks[..., None], axis=1)
+
+
+def store(
+  cache: KVCache | None,
+  number: jax.Array,
+  active: ActiveSet | None,
+  k: jax.Array,
+  v: jax.Array,
+  seen: int,
+) -> tuple[jax.Array, jax.Array, KVCache | None]:
+  """Stores what a layer recomputed, and gives what it attends to.
+
+  Args:
+    cache: of the stack, if any; there is one with an active set.
+    number: of the layer.
+    active: the tokens recomputed; None: all that the stack sees.
+    k, v: their keys and values, each [X, A, width] or [X, M, width].
+    seen: M.
+
+  Returns:
+    Keys and values of all tokens that the stack sees, each [X, M, width]; the cache.
+  """
+  if active is not None:
+    assert cache is not None
+    cache = cache.scatter(number, active.ranks_or(cache.k.shape[2]), k, v)
+    return *cache.read(number, k.shape[0], seen), cache
+  return k, v, None if cache is None else cache.write(number, k, v)
 
 
 def forced_ranks(shape: StackShape, span: Span, buffer: int) -> tuple[Array, jax.Array]:
@@ -225,12 +253,7 @@ class _Stack:
     """
     apply = functools.partial(self.block.apply, {"params": one})
     q, k, v = apply(x, method="qkv")
-    if active is not None:
-      assert cache is not None
-      cache = cache.scatter(number, active.ranks_or(cache.k.shape[2]), k, v)
-      k, v = cache.read(number, self.sequences, self.seen)
-    elif cache is not None:
-      cache = cache.write(number, k, v)
+    k, v, cache = store(cache, number, active, k, v, self.seen)
     keys = None if self.span.valid is None else self.span.valid[None]
     weights = attention_weights(q, k, self.block.heads, keys)
     x = apply(x, attention_output(weights, v), method="project")

@@ -76,7 +76,7 @@ class Noise:
   """Given noise, which replaces drawn noise."""
 
   initial: Array  # float32 [R, B, S, C]: x_T
-  steps: Array  # float32 [R, T, B, S, C]: index 0 is the first executed diffusion step
+  diffusion_steps: Array  # float32 [R, T, B, S, C]: index 0 is the first executed one
 
 
 @flax.struct.dataclass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from marche_jax.config import ModelConfig
-from marche_jax.decoding.stack import ActiveSet, Span, run_stack, take, take_active
+from marche_jax.decoding.stack import ActiveSet, Span, run_stack, store, take, take_active
 from marche_jax.decoding.state import DecodeState, Rows
 from marche_jax.models.mar import MAR, make_block
 from marche_jax.models.params import Params
@@ -112,7 +112,6 @@ class Transformer:
     config, params = self.config, self.params["decoder_blocks"]
     block = make_block(config, "decoder", self.dtype)
     buffer, depth = config.buffer_size, config.decoder_depth
-    sequences, num_tokens = x.shape[:2]
     now = buffer + row.num_known  # rank of the first token predicted
     span = Span(
       valid=None,
@@ -127,15 +126,9 @@ class Transformer:
       depth=depth - 1, buffer=buffer,
     )  # fmt: skip
 
-    last, cache = jnp.int32(depth - 1), run.cache
     apply = functools.partial(block.apply, {"params": jax.tree.map(lambda p: p[depth - 1], params)})
     k, v = apply(run.x, method="keys_values")
-    if run.active is not None:
-      assert cache is not None
-      cache = cache.scatter(last, run.active.ranks_or(num_tokens), k, v)
-      k, v = cache.read(last, sequences, num_tokens)
-    elif cache is not None:
-      cache = cache.write(last, k, v)
+    k, v, cache = store(run.cache, jnp.int32(depth - 1), run.active, k, v, x.shape[1])
     x = take(run.x, run.active, now + jnp.arange(num_asked))
     x = apply(x, apply(x, method="queries"), k, v, None, method="attend")
     x = apply(x, method="feed_forward")

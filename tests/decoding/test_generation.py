@@ -13,7 +13,7 @@ from golden import quick_programs as quick_programs
 
 from marche_jax import images
 from marche_jax.config import VAEConfig
-from marche_jax.decoding import generation
+from marche_jax.decoding import generation, pixels, plan_runner
 from marche_jax.models import mar, vae
 from marche_jax.weights.checkpoint import Model
 
@@ -86,7 +86,7 @@ def test_non_finite_latents_name_the_iteration(model: Model) -> None:
   head["final_linear"] = jax.tree.map(lambda x: x * jnp.nan, head["final_linear"])
   broken = dataclasses.replace(model, params={**model.params, "head": head})
   with pytest.raises(
-    generation.NonFiniteLatentsError, match=r"iteration 0 of 4, in images 0 of.*max_timestep"
+    plan_runner.NonFiniteLatentsError, match=r"iteration 0 of 4, in images 0 of.*max_timestep"
   ):
     generation.generate(broken, [0], jax.random.key(0))
 
@@ -99,10 +99,10 @@ VAE = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, embed_dim
 
 @pytest.mark.parametrize("batch", [1, 3, 9])  # a part of, less and more than the autoencoder's
 def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(generation, "VAE_BATCH", 4)
+  monkeypatch.setattr(pixels, "VAE_BATCH", 4)
   params = vae.init_params(VAE, jax.random.key(0))
   latents = jax.random.normal(jax.random.key(1), (batch, 2, 8, 8))
-  found = generation.to_images(Model(WITH_VAE, {}, VAE, params), latents)
+  found = pixels.to_images(Model(WITH_VAE, {}, VAE, params), latents)
   expected = images.to_uint8(np.asarray(vae.decode(VAE, params, latents / 0.5)))
   assert found.shape == (batch, 16, 16, 3)
   assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # of rounding
@@ -111,4 +111,4 @@ def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch
 def test_latents_need_an_autoencoder() -> None:
   config = dataclasses.replace(tiny.MODEL, vae_stride=2, img_size=16)
   with pytest.raises(ValueError, match="--kind=vae"):
-    generation.to_images(Model(config, {}), jnp.zeros((1, 1, 8, 8)))
+    pixels.to_images(Model(config, {}), jnp.zeros((1, 1, 8, 8)))

@@ -24,7 +24,7 @@ from marche_jax.models.diffusion import make_process
 from marche_jax.planning.head_schedule import INTERVAL, RECOMPUTE_ABOVE, CachedSteps
 from marche_jax.planning.shapes import HeadShape
 
-STEPS = 27  # some cached steps recompute, others do not
+STEPS = 27  # some cached diffusion steps recompute, others do not
 MODEL = ModelConfig(
   img_size=32, vae_stride=8, vae_embed_dim=2, encoder_embed_dim=16, encoder_depth=1,
   encoder_num_heads=1, decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=1, class_num=2,
@@ -39,7 +39,7 @@ NOISE = np.random.default_rng(1).standard_normal((STEPS + 1, TOKENS, 2)).astype(
 
 
 def head(depth: int) -> tuple[ModelConfig, dict]:
-  """A random head whose output is no larger than eps, so that errors do not grow by the step."""
+  """A random head whose output is no larger than eps, so that errors do not grow."""
   config = dataclasses.replace(MODEL, diffloss_d=depth)
   params = golden.random_params(config)["head"]
   return config, {**params, "final_linear": jax.tree.map(lambda x: 0.1 * x, params["final_linear"])}
@@ -171,7 +171,7 @@ def test_the_cached_head_written_out():
 
 
 def test_a_step_of_dpm_is_exact_where_x0_is_known():
-  """With the true x_0 predicted, x_t stays N(alpha x_0, sigma^2), whatever the steps are."""
+  """With the true x_0 predicted, x_t stays N(alpha x_0, sigma^2), however the steps are spaced."""
   c, process = COEFFICIENTS, PROCESS
   alpha, sigma = np.sqrt(process.alphas_cumprod), np.sqrt(1 - process.alphas_cumprod)
   to_alpha, to_sigma = np.append(1, alpha[:-1]), np.append(0, sigma[:-1])
@@ -191,9 +191,9 @@ def solve(num_steps: int, order: int) -> float:
   noisiest, last = 900, 330
   spaced = diffusion.log_snr_timesteps(1000, noisiest)
   snr = np.log(1 / make_process(spaced).alphas_cumprod - 1)
-  places = [np.abs(snr - wanted).argmin() for wanted in np.linspace(
+  indices = [np.abs(snr - wanted).argmin() for wanted in np.linspace(
     snr[np.abs(spaced - last).argmin()], snr[-1], num_steps + 1)]  # fmt: skip
-  process = make_process(spaced[places])
+  process = make_process(spaced[indices])
   coefficients = jax.tree.map(np.asarray, process.coefficients())
   alpha, sigma = np.sqrt(process.alphas_cumprod), np.sqrt(1 - process.alphas_cumprod)
   start = np.asarray([[0.01], [0.1], [1.0]])
@@ -214,7 +214,7 @@ def solve(num_steps: int, order: int) -> float:
 
 
 def test_dpm_converges_to_second_order():
-  """Twice the steps: a quarter of the error; half of it without the extrapolation."""
+  """Twice the diffusion steps: a quarter of the error; half of it without the extrapolation."""
   errors = {order: [solve(n, order) for n in (10, 20, 40)] for order in (1, 2)}
   for order, found in errors.items():
     rate = math.log2(found[0] / found[2]) / 2

@@ -311,7 +311,7 @@ sys.path[:0] = sys.argv[1:]
 import golden, test_sampler as t
 from marche_jax.decoding import sampler, state as state_lib
 from marche_jax.decoding.state import Inputs
-from marche_jax.decoding.generation import PlanRunner
+from marche_jax.decoding.plan_runner import PlanRunner
 assert len(jax.devices()) == 2
 params, ids, labels = golden.random_params(t.SMALL), np.arange(4), np.asarray([3, 3, 5, 6])
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -14,7 +14,7 @@ from golden import error, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decoding import generation, sampler
+from marche_jax.decoding import given, sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.decoding.recording import Trace
@@ -273,7 +273,7 @@ class Run:
     """(positions by rank, final tokens, trace) of some images; an image's label: its number % 8."""
     keys = state_lib.image_keys(KEY, np.asarray(ids))
     known = tuple(np.stack(x) for x in zip(*map(self.known, ids)))
-    first = generation.initial_state(self.plan, keys, known=known if self.num_known else None)
+    first = given.initial_state(self.plan, keys, known=known if self.num_known else None)
     dtype = static.get("dtype", jnp.float32)
     state = state_lib.empty_state(self.plan, first.tokens, first.by_rank, dtype)
     inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
