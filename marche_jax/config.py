@@ -53,6 +53,12 @@ def _require_positive(config: object, prefix: str, *fields: str) -> None:
     _require(ok, prefix + field, value, "a positive number")
 
 
+def _require_one_of(config: object, prefix: str, **allowed: tuple[str, ...]) -> None:
+  for field, names in allowed.items():
+    value = getattr(config, field)
+    _require(value in names, prefix + field, value, f"one of {', '.join(names)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """The MAR transformer and its diffusion head (reference: `models/mar.py`, class MAR)."""
@@ -201,11 +207,7 @@ class SampleConfig:
     object.__setattr__(self, "refresh_iterations", tuple(sorted(set(self.refresh_iterations))))
     _require_int(self, p, 1, "refresh_interval", "select_layer")
     _require_int(self, p, 0, "active_size", "encoder_active_size")
-    for field, allowed in (
-      ("solver", ("ddpm", "dpm++")), ("selection", ("scout", "carried", "lower")),
-    ):  # fmt: skip
-      value = getattr(self, field)
-      _require(value in allowed, p + field, value, f"one of {', '.join(allowed)}")
+    _require_one_of(self, p, solver=("ddpm", "dpm++"), selection=("scout", "carried", "lower"))
     for field in ("condition_cache", "recap_raster", "head_cache", "detail_tokens"):
       value = getattr(self, field)
       _require(isinstance(value, bool), p + field, value, "True or False")
@@ -240,12 +242,10 @@ class DataConfig:
 
   def __post_init__(self) -> None:
     p = "data."
-    for field, allowed in (
-      ("source", ("idx", "folder", "latents")), ("split", ("train", "t10k")),
-      ("on_error", ("raise", "skip")),
-    ):  # fmt: skip
-      value = getattr(self, field)
-      _require(value in allowed, p + field, value, f"one of {', '.join(allowed)}")
+    _require_one_of(
+      self, p, source=("idx", "folder", "latents"), split=("train", "t10k"),
+      on_error=("raise", "skip"),
+    )  # fmt: skip
     _require_int(self, p, 0, "num_workers")
 
 
@@ -278,11 +278,7 @@ class TrainConfig:
     _require_int(self, p, 0, "warmup_epochs", "seed", "sample_every")
     _require_range(self, p, 0.0, 1.0, "weight_decay", "beta1", "beta2", "ema_rate", "blr")
     _require_positive(self, p, "grad_clip")
-    for field, allowed in (
-      ("lr_schedule", ("constant", "cosine")), ("dtype", ("float32", "bfloat16")),
-    ):  # fmt: skip
-      value = getattr(self, field)
-      _require(value in allowed, p + field, value, f"one of {', '.join(allowed)}")
+    _require_one_of(self, p, lr_schedule=("constant", "cosine"), dtype=("float32", "bfloat16"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,10 @@ import functools
 import importlib
 import json
 import operator
-import os
 import pathlib
 import pickle
 import re
 import struct
-import uuid
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -29,6 +27,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from marche_jax.files import atomic_write
 from marche_jax.models import vae
 from marche_jax.models.params import Params
 from marche_jax.weights import checkpoint
@@ -301,7 +300,7 @@ def write_safetensors(
 ) -> None:
   """Writes our parameters as float32 `.safetensors` under the reference's names, bit for bit.
 
-  The file is written tensor by tensor and renamed at the end, so that it needs no more memory
+  The file is written tensor by tensor, aside and renamed, so that it needs no more memory
   than one tensor. Format: https://huggingface.co/docs/safetensors, section Format.
 
   Raises:
@@ -320,20 +319,16 @@ def write_safetensors(
     header[name] = {"dtype": "F32", "shape": target.shape, "data_offsets": [start, end]}
   text = json.dumps(header).encode()
   text += b" " * (-len(text) % 8)
-  aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
   try:
-    with aside.open("wb") as file:
+    with atomic_write(path) as aside, aside.open("wb") as file:
       file.write(struct.pack("<Q", len(text)) + text)
       for target in wanted.values():
         leaf = _leaf(params, target.path)
         values = leaf if target.layer is None else leaf[target.layer]
         theirs = values.transpose(tuple(np.argsort(target.axes)))
         file.write(np.ascontiguousarray(theirs, dtype="<f4").data)
-    os.replace(aside, path)
   except OSError as error:
     raise ValueError(f"{path}: cannot be written ({error})") from error
-  finally:
-    aside.unlink(missing_ok=True)
 
 
 def _leaf(params: Params, path: tuple[str, ...]) -> np.ndarray:

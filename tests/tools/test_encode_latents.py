@@ -19,7 +19,8 @@ from marche_jax.models import vae
 from marche_jax.training import sources
 from marche_jax.weights import checkpoint
 
-ROOT = pathlib.Path(__file__).parents[2]
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
 TOOL = ROOT / "tools" / "encode_latents.py"
 MODEL = ModelConfig(img_size=8, vae_stride=2, vae_embed_dim=3, class_num=2)
 VAE = VAEConfig(
@@ -58,7 +59,7 @@ def run_tool(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str
   return subprocess.run(
     [sys.executable, str(TOOL), "--config=config.py", "--data=images", "--vae=vae", *flags],
     cwd=work, capture_output=True, text=True, check=False,
-    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{pathlib.Path(__file__).parent}"},
+    env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}:{HERE.parent}"},
   )  # fmt: skip
 
 

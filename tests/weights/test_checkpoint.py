@@ -102,15 +102,18 @@ def test_both_kinds_share_a_directory(order, params, vae_params, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_stored_small_and_loaded_as_float32(dtype, saved, params, tmp_path):
+def test_half_precision_is_stored_small_and_loaded_as_float32(dtype, tmp_path):
+  config = dataclasses.replace(MODEL, class_num=3000)  # so large that metadata hardly count
+  params = random_params("mar", config)
   on_device = jax.tree.map(jnp.asarray, params)
-  checkpoint.save_model(tmp_path / "half", "mar", MODEL, on_device, dtype=dtype)
+  checkpoint.save_model(tmp_path / "full", "mar", config, params)
+  checkpoint.save_model(tmp_path / "half", "mar", config, on_device, dtype=dtype)
   expected = jax.tree.map(lambda p: p.astype(jnp.dtype(dtype)).astype(np.float32), params)
   loaded = checkpoint.load_model(tmp_path / "half").params
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(loaded))
   assert_equal(loaded, expected)
-  full, half = (sum(p.stat().st_size for p in stored_files(d)) for d in (saved, tmp_path / "half"))
-  assert half < 0.75 * full  # the rest of this small model's files is metadata
+  full, half = (sum(p.stat().st_size for p in stored_files(tmp_path / d)) for d in ("full", "half"))
+  assert half < 0.75 * full
 
 
 def test_overflow_of_the_stored_dtype_is_refused(params, tmp_path):
