@@ -21,7 +21,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
   """What `-n auto` means: a process per core, none beside this one for a few files."""
   paths = [pathlib.Path(arg.split("::")[0]) for arg in config.args]
-  files = {file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+  files = {
+    file for path in paths for file in (path.rglob("test_*.py") if path.is_dir() else [path])
+  }
   if len(files) <= FEW_FILES:
     return 0
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import pathlib
 import signal
 import subprocess
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_environment, quick_jit
+from golden import quick_programs as quick_programs
 
 from marche_jax import train
 from marche_jax.config import ModelConfig, VAEConfig
@@ -57,7 +58,7 @@ def get_config():
 
 
 def start(work: pathlib.Path, *argv: str) -> subprocess.CompletedProcess[str]:
-  env = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+  env = quick_environment(ROOT / "tests", ROOT)
   return subprocess.run(
     [sys.executable, *argv], cwd=work, env=env, capture_output=True, text=True, check=False
   )
@@ -173,7 +174,7 @@ def test_no_run_to_export(tmp_path: pathlib.Path) -> None:
 
 def test_an_autoencoder_must_fit_the_model(tmp_path: pathlib.Path) -> None:
   config = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=3, embed_dim=3)
-  params = vae.init_params(config, jax.random.key(0))
+  params = quick_jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
   checkpoint.save_model(tmp_path, "vae", config, params)
   found, loaded = train.load_autoencoder(str(tmp_path), ModelConfig(vae_stride=2, vae_embed_dim=3))
   assert found == config

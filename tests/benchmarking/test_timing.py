@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 
 from marche_jax.benchmark import random_params
 from marche_jax.benchmarking import timing

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -16,12 +15,13 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from marche_jax import sample
 from marche_jax.benchmarking.entries import parse_entries
-from marche_jax.decoding import calibration, generation, sampler
+from marche_jax.decoding import calibration, generation
 from marche_jax.planning import plan_file
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan
@@ -121,11 +121,7 @@ def model() -> Model:
 @pytest.mark.parametrize(
   "changes", [{}, {"condition_cache": True}], ids=["both halves", "one half"]
 )
-def test_a_calibrated_plan_costs_no_more(
-  model: Model, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-  quick = golden.quick_jit(sampler.decode, static_argnames=sampler.STATIC)
-  monkeypatch.setattr(sampler, "jitted_decode", quick)
+def test_a_calibrated_plan_costs_no_more(model: Model, changes: dict[str, Any]) -> None:
   given = dataclasses.replace(MARCHE, **changes)
   chosen, drift = calibration.calibrate(model, given, [0, 1], jax.random.key(0))
   assert drift.shape == (8, 8) and np.isfinite(drift).all()
@@ -157,9 +153,7 @@ def test_a_plan_without_caches(model: Model, fields: dict[str, int]) -> None:
     calibration.calibrate(model, given, [0], jax.random.key(0))
 
 
-def test_weights_that_are_not_finite(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-  quick = golden.quick_jit(sampler.decode, static_argnames=sampler.STATIC)
-  monkeypatch.setattr(sampler, "jitted_decode", quick)
+def test_weights_that_are_not_finite(model: Model) -> None:
   params = {**model.params, "mask_token": model.params["mask_token"] * np.nan}
   broken = dataclasses.replace(model, params=params)
   with pytest.raises(generation.NonFiniteLatentsError, match="non-finite latents at iteration 0"):
@@ -259,7 +253,7 @@ def test_command(model: Model, tmp_path: pathlib.Path) -> None:
   done = subprocess.run(
     [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", f"--calibrate={path}",
      f"--out={tmp_path / 'out'}", "--compilation_cache="],
-    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    env=golden.quick_environment(),
     capture_output=True, text=True, timeout=240,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

@@ -11,6 +11,8 @@ import sys
 import jax
 import numpy as np
 import pytest
+from golden import quick_environment, quick_jit
+from golden import quick_programs as quick_programs
 from PIL import Image
 
 from marche_jax.config import DataConfig, ModelConfig, VAEConfig
@@ -38,7 +40,8 @@ _spec.loader.exec_module(encode_latents)
 
 @pytest.fixture(scope="module")
 def params() -> vae.Params:
-  return jax.tree.map(np.asarray, vae.init_params(VAE, jax.random.key(3)))
+  init = quick_jit(vae.init_params, static_argnums=0)
+  return jax.tree.map(np.asarray, init(VAE, jax.random.key(3)))
 
 
 @pytest.fixture
@@ -57,12 +60,15 @@ def run_tool(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str
   return subprocess.run(
     [sys.executable, str(TOOL), "--config=config.py", "--data=images", "--vae=vae", *flags],
     cwd=work, capture_output=True, text=True, check=False,
-    env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+    env=quick_environment(ROOT, ROOT / "tests"),
   )  # fmt: skip
 
 
+encode = quick_jit(vae.encode, static_argnums=0)
+
+
 def expected_moments(params: vae.Params, images: np.ndarray) -> np.ndarray:
-  return np.asarray(vae.encode(VAE, params, images.astype(np.float32) / 127.5 - 1).moments)
+  return np.asarray(encode(VAE, params, images.astype(np.float32) / 127.5 - 1).moments)
 
 
 def test_the_command_writes_what_training_reads(

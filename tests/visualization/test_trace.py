@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import golden
-import jax
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 from PIL import Image
 
 from marche_jax import sample
@@ -169,13 +168,9 @@ def plan() -> DecodePlan:
 
 @pytest.fixture(scope="module")
 def recordings(model: Model, plan: DecodePlan) -> list[trace.Recording]:
-  """Of two images; compiled quickly, for all tests here."""
+  """Of two images, for all tests here."""
   ids = [4, 1]
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    return trace.record(model.params, plan, ids, LABELS[ids], seed=3)
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
+  return trace.record(model.params, plan, ids, LABELS[ids], seed=3)
 
 
 def test_recording_follows_the_plan(plan: DecodePlan, recordings: list[trace.Recording]) -> None:
@@ -291,7 +286,7 @@ def test_command(model: Model, tmp_path: pathlib.Path) -> None:
       [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", "--num_images=2",
        "--policy=marche", "--config.sample.num_iter=2", f"--out={out}", f"--trace={directory}",
        f"--trace_images={images}", "--compilation_cache="],
-      env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+      env=golden.quick_environment(),
       capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
