@@ -15,12 +15,10 @@ Convert the published weights (MAR-B `checkpoint-last.pth` and KL-16 `kl16.ckpt`
       --out=samples/mar_base --num_images=16 --batch_size=4 --labels=207,360
 """
 
-from typing import Any
-
-from marche_jax.config import Config, ModelConfig, SampleConfig, VAEConfig, mutable
+from marche_jax.config import Config, ModelConfig, Mutable, SampleConfig, VAEConfig, mutable
 
 
-def get_config() -> Any:
+def get_config() -> Mutable[Config]:
   return mutable(
     Config(
       name="mar_base",

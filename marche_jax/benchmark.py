@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,14 +27,15 @@ import numpy as np
 from absl import flags
 
 from marche_jax import flags as flags_lib
-from marche_jax import sample as sample_lib
 from marche_jax.benchmarking import comparison, speed, tables, timing
 from marche_jax.benchmarking.entries import ALL, all_entries, parse_entries
+from marche_jax.benchmarking.reports import QualityReport, SpeedReport
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.embedded import CONFIG
 from marche_jax.files import atomic_write, check_writable
 from marche_jax.images import write_png
 from marche_jax.models.mar import Params, abstract_params
+from marche_jax.sampling.loading import load
 from marche_jax.training.sources import IdxSource
 from marche_jax.visualization import plots
 
@@ -81,7 +81,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
   """Weights of the true size, N(0, 0.02^2) and norm scales 1 + that: nothing in them is zero."""
   rng = np.random.default_rng(seed)
 
-  def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  def draw(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     centre = 1.0 if path[-1].key == "scale" else 0.0
     return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32) + np.float32(centre))
 
@@ -113,18 +113,17 @@ def measure_speed() -> None:
     entries = parse_entries(asked(sample), model, sample)
     params = random_params(model)
   else:
-    loaded, sample = sample_lib.load(values.checkpoint, values["config"])
+    loaded, sample = load(values.checkpoint, values["config"])
     model, params, weights = loaded.config, loaded.params, values.checkpoint or "embedded"
     entries = parse_entries(asked(sample), model, sample)
   if values.plot and len(entries) == 1:
     raise ValueError("--plot: expected several policies to compare, found one")
   found = speed.compare(model, params, entries, options, progress=say)
-  report = {"name": model_name(), "weights": weights} | found
-  if len(entries) == 1:
-    report = speed.single(report)
+  report: SpeedReport = {"name": model_name(), "weights": weights, **found}
+  single = speed.single(report) if len(entries) == 1 else None
   with atomic_write(pathlib.Path(values.out)) as aside:
-    aside.write_text(json.dumps(report, indent=2) + "\n")
-  print(tables.single_table(report) if len(entries) == 1 else tables.speed_table(report))
+    aside.write_text(json.dumps(single or report, indent=2) + "\n")
+  print(tables.speed_table(report) if single is None else tables.single_table(single))
   if values.plot:
     plots.plot_speed(pathlib.Path(values.plot), report)
 
@@ -132,7 +131,7 @@ def measure_speed() -> None:
 def measure_quality() -> None:
   """Draws and judges the same images under several policies."""
   values = flags.FLAGS
-  model, sample = sample_lib.load(values.checkpoint, values["config"])
+  model, sample = load(values.checkpoint, values["config"])
   entries = parse_entries(asked(sample, all_entries(sample)), model.config, sample)
   settings = comparison.Settings(
     num_images=values.num_images,
@@ -147,8 +146,11 @@ def measure_quality() -> None:
   out = check_writable(values.quality_out)
   compile_seconds = comparison.draw(model, entries, settings, out)
   say("judging")
-  report = {"name": model_name(), "weights": values.checkpoint or "embedded"}
-  report |= comparison.report(model, entries, settings, out, compile_seconds, real)
+  report: QualityReport = {
+    "name": model_name(),
+    "weights": values.checkpoint or "embedded",
+    **comparison.report(model, entries, settings, out, compile_seconds, real),
+  }
   with atomic_write(out / "quality.json") as aside:
     aside.write_text(json.dumps(report, indent=2) + "\n")
   size = model.config.img_size

@@ -15,7 +15,11 @@ import functools
 import math
 import types
 import typing
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+  from _typeshed import DataclassInstance
 
 NUM_TRAIN_TIMESTEPS = 1000
 """Diffusion steps of the training process; fixed by the published checkpoints."""
@@ -26,7 +30,7 @@ def _require(condition: bool, field: str, found: object, expected: str) -> None:
     raise ValueError(f"{field}={found!r}: expected {expected}")
 
 
-def _require_int(config: Any, prefix: str, minimum: int, *fields: str) -> None:
+def _require_int(config: object, prefix: str, minimum: int, *fields: str) -> None:
   for field in fields:
     value = getattr(config, field)
     is_int = isinstance(value, int) and not isinstance(value, bool)
@@ -35,14 +39,14 @@ def _require_int(config: Any, prefix: str, minimum: int, *fields: str) -> None:
     )
 
 
-def _require_range(config: Any, prefix: str, low: float, high: float, *fields: str) -> None:
+def _require_range(config: object, prefix: str, low: float, high: float, *fields: str) -> None:
   for field in fields:
     value = getattr(config, field)
     ok = isinstance(value, int | float) and low <= value <= high  # false for NaN
     _require(ok, prefix + field, value, f"a number in [{low}, {high}]")
 
 
-def _require_positive(config: Any, prefix: str, *fields: str) -> None:
+def _require_positive(config: object, prefix: str, *fields: str) -> None:
   for field in fields:
     value = getattr(config, field)
     ok = isinstance(value, int | float) and 0 < value < math.inf  # false for NaN
@@ -68,13 +72,13 @@ class ModelConfig:
   buffer_size: int = 64  # buffer tokens in front of the image tokens
   diffloss_d: int = 6  # residual blocks of the head
   diffloss_w: int = 1024  # width of the head
-  # Only training uses the fields below.
+  latent_scale: float = 0.2325  # factor on latents between the autoencoder and the model
+  # Only training uses the fields below: see `TRAINING_FIELDS`.
   mask_ratio_min: float = 0.7
   label_drop_prob: float = 0.1
   attn_dropout: float = 0.1
   proj_dropout: float = 0.1  # also in both layers of the feed-forward
   diffusion_batch_mul: int = 4  # diffusion timesteps drawn per masked token
-  latent_scale: float = 0.2325  # factor on latents between the autoencoder and the model
 
   def __post_init__(self) -> None:
     p = "model."
@@ -125,6 +129,12 @@ class ModelConfig:
     return (self.vae_embed_dim, side, side)
 
 
+TRAINING_FIELDS = frozenset(
+  {"mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "diffusion_batch_mul"}
+)
+"""Fields of `ModelConfig` on which no sample depends: weights may be used with others."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
   """The KL autoencoder (reference: `models/vae.py`, class AutoencoderKL)."""
@@ -166,7 +176,7 @@ class SampleConfig:
   temperature: float = 1.0  # factor on the noise of the diffusion steps
   num_sampling_steps: int = 100  # diffusion steps per token
   max_timestep: int = NUM_TRAIN_TIMESTEPS - 1  # noisiest timestep used (DiSA: 950)
-  solver: str = "ddpm"  # ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, for 10-20 steps)
+  solver: str = "ddpm"  # ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, for 10-20 diffusion steps)
   policy: str = "full"  # what accelerates decoding; names joined by +, see planning/policies/
   # The fields below are those of policies.
   active_size: int = 0  # marche: tokens that the decoder recomputes; 0: a fifth, or what is forced
@@ -303,7 +313,7 @@ def check_vae(model: ModelConfig, vae: VAEConfig | None) -> None:
 @functools.cache
 def _mutable_class(cls: type) -> type:
   hints = typing.get_type_hints(cls)
-  fields: list[Any] = []
+  fields: list[tuple[str, object, object]] = []
   for field in dataclasses.fields(cls):
     hint = hints[field.name]
     inner = [h for h in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(h)]
@@ -314,28 +324,44 @@ def _mutable_class(cls: type) -> type:
   return dataclasses.make_dataclass(cls.__name__, fields, namespace={"frozen_class": cls})
 
 
-def mutable(config: Any) -> Any:
+T = TypeVar("T", bound="DataclassInstance")
+T_co = TypeVar("T_co", bound="DataclassInstance", covariant=True)
+
+
+class Mutable(Protocol[T_co]):
+  """A mutable twin: it has the fields of its `frozen_class`, nested ones mutable too."""
+
+  @property
+  def frozen_class(self) -> type[T_co]: ...
+
+  def __getattr__(self, field: str) -> Any: ...  # flags get and set fields by their names
+
+  def __setattr__(self, field: str, value: Any) -> None: ...
+
+
+def mutable(config: T) -> Mutable[T]:
   """A mutable twin of a frozen configuration, for flags to override field by field."""
   values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-  cls: Any = type(config)
-  return _mutable_class(cls)(
-    **{k: mutable(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+  return _mutable_class(type(config))(
+    **{
+      k: mutable(v) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v
+      for k, v in values.items()
+    }
   )
 
 
-def freeze(config: Any) -> Any:
+def freeze(config: Mutable[T]) -> T:
   """The frozen twin of what `mutable` made.
 
   Raises:
     ValueError: where a field is out of range; the message names it.
   """
-  values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-  return config.frozen_class(
-    **{k: freeze(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
-  )
+  cls = config.frozen_class
+  values = {f.name: getattr(config, f.name) for f in dataclasses.fields(cls)}
+  return cls(**{k: freeze(v) if hasattr(v, "frozen_class") else v for k, v in values.items()})
 
 
-def from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
+def from_dict(cls: type[T], values: Mapping[str, object], prefix: str = "") -> T:
   """Builds a frozen configuration from plain JSON values, refusing unknown and missing fields."""
   if not isinstance(values, dict):
     raise ValueError(f"{prefix.rstrip('.') or cls.__name__}: expected an object, found {values!r}")

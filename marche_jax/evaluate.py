@@ -45,7 +45,7 @@ def read_samples(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     ) from error
 
 
-def table(report: dict) -> str:
+def table(report: quality.Report) -> str:
   """The report as text."""
   low, high = report["frechet_interval"]
   lines = [f"{report['num_images']} samples: {report['recognised']:.1%} recognised, Fréchet "

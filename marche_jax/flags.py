@@ -17,7 +17,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -132,6 +132,6 @@ def _unreadable(error: OSError) -> str:
   return f"--config: {str(error).splitlines()[-1]}"
 
 
-def _fail(message: Any) -> NoReturn:
+def _fail(message: object) -> NoReturn:
   print("error: " + " ".join(str(message).split()), file=sys.stderr)
   sys.exit(1)

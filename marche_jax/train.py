@@ -8,7 +8,6 @@ checkpoint. `--export=DIR` writes the EMA weights of the last checkpoint as a mo
 from __future__ import annotations
 
 import pathlib
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,9 +16,12 @@ from absl import flags
 from marche_jax import config as config_lib
 from marche_jax import flags as flags_lib
 from marche_jax.config import Config, ModelConfig, VAEConfig
-from marche_jax.decoding import generation
+from marche_jax.decoding.generation import generate
+from marche_jax.decoding.pixels import to_images
+from marche_jax.decoding.plan_runner import NonFiniteLatentsError
 from marche_jax.files import check_writable
 from marche_jax.images import grid, write_png
+from marche_jax.models.params import Params
 from marche_jax.planning.policies import make_plan
 from marche_jax.training import trainer
 from marche_jax.weights import checkpoint
@@ -39,7 +41,7 @@ def define_flags() -> None:
   flags_lib.define_compilation_cache()
 
 
-def load_autoencoder(directory: str, config: ModelConfig) -> tuple[VAEConfig, Any]:
+def load_autoencoder(directory: str, config: ModelConfig) -> tuple[VAEConfig, Params]:
   """The autoencoder of a checkpoint, which must fit the model.
 
   Raises:
@@ -57,18 +59,18 @@ def draw_grid(model: checkpoint.Model, path: pathlib.Path) -> None:
   """Writes a grid of samples: eight columns, a class per row at most."""
   rows = min(model.config.class_num, 10)
   labels = np.repeat(np.arange(rows), 8)
-  latents = generation.generate(model, labels, jax.random.key(0))
-  write_png(path, grid(generation.to_images(model, latents), columns=8), scale=2)
+  latents = generate(model, labels, jax.random.key(0))
+  write_png(path, grid(to_images(model, latents), columns=8), scale=2)
 
 
 def export(config: Config, workdir: pathlib.Path, directory: str, dtype: str) -> None:
   """Writes the EMA weights of the last checkpoint in `workdir` as a model."""
   checkpoint.check_destination(directory, "mar", config.model)
-  params, step = trainer.load_ema(workdir, config.model)
+  params, updates = trainer.load_ema(workdir, config.model)
   checkpoint.save_model(
     directory, "mar", config.model, params, sample_config=config.sample, dtype=dtype
   )
-  print(f"{directory}: EMA weights of update {step}")
+  print(f"{directory}: EMA weights of update {updates}")
 
 
 def main() -> None:
@@ -84,12 +86,12 @@ def main() -> None:
     vae_config, vae_params = load_autoencoder(flags.FLAGS.vae, config.model)
   check_writable(workdir)
 
-  def on_sample(params: Any, step: int) -> None:
+  def on_sample(params: Params, update: int) -> None:
     model = checkpoint.Model(config.model, params, vae_config, vae_params, config.sample)
     try:
-      draw_grid(model, workdir / f"samples-{step:08d}.png")
-    except generation.NonFiniteLatentsError as error:
-      print(f"no samples at update {step}: {error}")
+      draw_grid(model, workdir / f"samples-{update:08d}.png")
+    except NonFiniteLatentsError as error:
+      print(f"no samples at update {update}: {error}")
 
   draws = config.model.vae_stride == 1 or vae_config is not None
   if not draws and config.train.sample_every:

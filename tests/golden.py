@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import pathlib
 import runpy
@@ -15,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marche_jax.config import Config, ModelConfig, SampleConfig, freeze
+from marche_jax.config import Config, ModelConfig, SampleConfig, VAEConfig, freeze
 from marche_jax.decoding import sampler
-from marche_jax.models import mar
+from marche_jax.models import mar, vae
 from marche_jax.weights import convert
 
 
@@ -109,15 +110,17 @@ def from_reference(config: ModelConfig, arrays: Mapping[str, np.ndarray]) -> Any
   return convert.convert(tensors, "mar", config)
 
 
-def random_params(config: ModelConfig, seed: int = 0) -> Any:
+def random_params(config: ModelConfig | VAEConfig, seed: int = 0) -> Any:
   """Parameters that are all random, unlike fresh ones, whose head predicts zero."""
   rng = np.random.default_rng(seed)
+  abstract = (mar if isinstance(config, ModelConfig) else vae).abstract_params
 
   def fill(leaf: jax.ShapeDtypeStruct) -> np.ndarray:
     fan_in = leaf.shape[-2] if leaf.ndim > 1 else leaf.shape[-1]
+    fan_in *= math.prod(leaf.shape[:2]) if leaf.ndim == 4 else 1  # of a convolution
     return rng.standard_normal(leaf.shape, np.float32) / np.float32(np.sqrt(fan_in))
 
-  return jax.tree.map(jnp.asarray, jax.tree.map(fill, mar.abstract_params(config)))
+  return jax.tree.map(jnp.asarray, jax.tree.map(fill, abstract(config)))
 
 
 def error(ours: Any, golden: np.ndarray, where: np.ndarray | None = None) -> float:

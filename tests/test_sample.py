@@ -1,8 +1,7 @@
-"""`python -m marche_jax.sample`: its files, its resumption, its errors."""
+"""`python -m marche_jax.sample`: on two devices, its errors, the plan that it prints."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -10,14 +9,10 @@ import subprocess
 import sys
 
 import golden
-import jax
 import numpy as np
 import pytest
 import tiny
-from golden import quick_programs as quick_programs
-from PIL import Image
 
-from marche_jax import sample
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.planning.policies import make_plan
 from marche_jax.weights import checkpoint
@@ -29,102 +24,6 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def model() -> Model:
   return Model(tiny.MODEL, golden.random_params(tiny.MODEL), sample_config=tiny.SAMPLE)
-
-
-def draw(model: Model, out: pathlib.Path, num: int = 6, batch_size: int = 4, **options) -> dict:
-  labels = sample.choose_labels(None, num, tiny.MODEL.class_num)
-  return sample.run(
-    model, tiny.SAMPLE, labels, out=out, batch_size=batch_size, seed=3, **options
-  )  # fmt: skip
-
-
-def test_files_and_batch_size(model: Model, tmp_path: pathlib.Path) -> None:
-  report = draw(model, tmp_path / "a", save_latents=True)
-  assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-    "grid.png", "report.json", "samples.npz",
-  ]  # fmt: skip
-  with np.load(tmp_path / "a" / "samples.npz") as file:
-    images, labels, latents = file["arr_0"], file["arr_1"], file["latents"]
-  assert images.shape == (6, 8, 8, 1) and images.dtype == np.uint8
-  assert labels.tolist() == [0, 0, 1, 2, 2, 3] and labels.dtype == np.int32
-  assert latents.shape == (6, 1, 8, 8) and latents.dtype == np.float32
-  assert Image.open(tmp_path / "a" / "grid.png").size[0] > 3 * 8
-  assert json.loads((tmp_path / "a" / "report.json").read_text()) == report
-  assert report["images_drawn"] == 6 and report["run_seconds"] > 0
-
-  draw(model, tmp_path / "b", batch_size=3, save_latents=True)
-  with np.load(tmp_path / "b" / "samples.npz") as file:
-    np.testing.assert_allclose(file["latents"], latents, atol=1e-3 * latents.std())
-
-
-def test_profile_splits_the_time(model: Model, tmp_path: pathlib.Path) -> None:
-  report = draw(model, tmp_path, profile=True)
-  assert set(report["split_seconds"]) == {"transformer", "head"}
-  assert min(report["split_seconds"].values()) > 0
-  assert json.loads((tmp_path / "report.json").read_text()) == report
-  assert "split_seconds" not in draw(model, tmp_path / "without")
-
-
-def draw_one_batch(model: Model, out: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """Draws batches of two and is interrupted in the second."""
-  real, calls = sample._draw, []
-
-  def interrupted(*args) -> None:
-    calls.append(args)
-    if len(calls) == 2:
-      raise KeyboardInterrupt
-    real(*args)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(sample, "_draw", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-      draw(model, out, batch_size=2)
-
-
-def test_an_interrupted_run_goes_on(
-  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  draw(model, tmp_path / "whole", batch_size=2)
-  draw_one_batch(model, tmp_path / "cut", monkeypatch)
-  assert not (tmp_path / "cut" / "samples.npz").exists()
-  report = draw(model, tmp_path / "cut", batch_size=2)
-  assert report["images_drawn"] == 4
-  with (
-    np.load(tmp_path / "whole" / "samples.npz") as a,
-    np.load(tmp_path / "cut" / "samples.npz") as b,
-  ):
-    np.testing.assert_array_equal(a["arr_0"], b["arr_0"])
-
-
-def test_batches_of_another_run_are_kept(
-  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  draw_one_batch(model, tmp_path, monkeypatch)
-  draw(model, tmp_path, num=2, batch_size=2)  # other settings, the same directory
-  assert draw(model, tmp_path, batch_size=2)["images_drawn"] == 4
-  assert not (tmp_path / "partial").exists()
-
-
-def test_other_weights_do_not_go_on_with_the_old_batches(
-  model: Model, tmp_path: pathlib.Path
-) -> None:
-  draw(model, tmp_path / "a", num=2)
-  last = jax.tree.map(np.array, model.params["mask_token"])
-  last[..., -1] += 1.0
-  other = dataclasses.replace(model, params={**model.params, "mask_token": last})
-  (tmp_path / "b").mkdir()
-  names = []
-  for one in (model, other):
-    with pytest.raises(RuntimeError, match="stopped"):
-      with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "_draw", _stop)
-        draw(one, tmp_path / "b", num=2)
-    names.append(sorted(p.name for p in (tmp_path / "b" / "partial").iterdir()))
-  assert len(names[1]) == 2 and names[0] != names[1]
-
-
-def _stop(*args) -> None:
-  raise RuntimeError("stopped")
 
 
 def test_two_devices_draw_the_same(model: Model, tmp_path: pathlib.Path) -> None:
@@ -146,24 +45,6 @@ def test_two_devices_draw_the_same(model: Model, tmp_path: pathlib.Path) -> None
     with np.load(tmp_path / str(devices) / "samples.npz") as file:
       latents.append(file["latents"])
   np.testing.assert_allclose(latents[1], latents[0], atol=1e-3 * latents[0].std())
-
-
-@pytest.mark.parametrize(
-  ("options", "message"),
-  [
-    ({"batch_size": 0}, "batch_size=0"),
-    ({"batch_size": -1}, "batch_size=-1"),
-  ],
-)
-def test_bad_values(model: Model, tmp_path: pathlib.Path, options: dict, message: str) -> None:
-  with pytest.raises(ValueError, match=message):
-    draw(model, tmp_path, **options)
-
-
-def test_unwritable_output(model: Model, tmp_path: pathlib.Path) -> None:
-  (tmp_path / "file").write_text("")
-  with pytest.raises(ValueError, match="file"):
-    draw(model, tmp_path / "file")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

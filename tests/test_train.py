@@ -8,17 +8,17 @@ import signal
 import subprocess
 import sys
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from golden import quick_environment, quick_jit
+from golden import quick_environment
 from golden import quick_programs as quick_programs
 
 from marche_jax import train
 from marche_jax.config import ModelConfig, VAEConfig
-from marche_jax.models import vae
 from marche_jax.training import data, trainer
 from marche_jax.weights import checkpoint
 
@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 KILLED = """
 import os, pathlib, signal, sys
 import tiny
-from marche_jax import trainer
+from marche_jax.training import trainer
 
 work, place = pathlib.Path(sys.argv[1]), sys.argv[2]
 
@@ -136,14 +136,6 @@ def test_a_non_finite_loss_names_update_and_checkpoint(
   assert closed == [trainer.MetricsWriter, data.BatchIterator]
 
 
-def test_bfloat16_and_remat_train(tmp_path: pathlib.Path) -> None:
-  make_data(tmp_path)
-  config = tiny.config(tmp_path / "data", epochs=1, dtype="bfloat16", remat=True)
-  state = trainer.train(config, tmp_path / "run")
-  assert all(x.dtype == np.float32 for x in jax.tree.leaves(state.params))
-  assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(state.ema))
-
-
 def test_the_export_is_a_model(
   tmp_path: pathlib.Path,
   whole: tuple[pathlib.Path, trainer.TrainState],
@@ -174,7 +166,7 @@ def test_no_run_to_export(tmp_path: pathlib.Path) -> None:
 
 def test_an_autoencoder_must_fit_the_model(tmp_path: pathlib.Path) -> None:
   config = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=3, embed_dim=3)
-  params = quick_jit(vae.init_params, static_argnums=0)(config, jax.random.key(0))
+  params = golden.random_params(config)
   checkpoint.save_model(tmp_path, "vae", config, params)
   found, loaded = train.load_autoencoder(str(tmp_path), ModelConfig(vae_stride=2, vae_embed_dim=3))
   assert found == config

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import collections
 import time
-from typing import Any
 
 import jax
 from absl import flags as absl_flags
 
 from marche_jax import flags
+from marche_jax.models.params import Params
 from marche_jax.weights import checkpoint, convert
 
 FLAGS = absl_flags.FLAGS
@@ -43,7 +43,7 @@ def define_flags() -> None:
   flags.define_config()
 
 
-def _report(start: float, params: Any) -> None:
+def _report(start: float, params: Params) -> None:
   leaves = jax.tree.leaves(params)
   count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
   print(

@@ -20,7 +20,6 @@ import pathlib
 import shutil
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +30,7 @@ from marche_jax import config as config_lib
 from marche_jax import flags
 from marche_jax.config import ModelConfig, VAEConfig
 from marche_jax.models import vae
+from marche_jax.models.params import Params
 from marche_jax.training import sources
 from marche_jax.weights import checkpoint
 
@@ -59,7 +59,7 @@ def batches(source: sources.Source, size: int) -> Iterator[np.ndarray]:
   """
   with concurrent.futures.ThreadPoolExecutor() as pool:
 
-    def load(start: int) -> list[concurrent.futures.Future[dict[str, Any]]]:
+    def load(start: int) -> list[concurrent.futures.Future[sources.Record]]:
       ids = range(start, min(start + size, len(source)))
       return [pool.submit(source.__getitem__, i) for i in ids]
 
@@ -75,7 +75,7 @@ def encode(
   source: sources.Source,
   model: ModelConfig,
   vae_config: VAEConfig,
-  vae_params: Any,
+  vae_params: Params,
   directory: pathlib.Path,
   *,
   batch_size: int,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import pathlib
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +22,7 @@ from absl import app, flags
 
 from marche_jax import config as config_lib
 from marche_jax.evaluation import quality
+from marche_jax.models.params import Params
 from marche_jax.training import sources
 
 FLAGS = flags.FLAGS
@@ -66,7 +66,7 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   return padded[np.arange(num)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def train(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dict[str, Any]:
+def train(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> Params:
   """Trains with AdamW under a cosine schedule; returns float32 parameters."""
   model = quality.Classifier()
   batch = min(BATCH, len(images))
@@ -78,12 +78,14 @@ def train(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dic
   params = model.init(jax.random.key(seed), jnp.zeros((1, *quality.IMAGE_SHAPE)))["params"]
   state = optimizer.init(params)
 
-  def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+  def loss_fn(params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
     logits: jax.Array = model.apply({"params": params}, quality.normalise(images))[0]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
   @jax.jit
-  def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
+  def update(
+    params: Params, state: optax.OptState, images: jax.Array, labels: jax.Array
+  ) -> tuple[Params, optax.OptState, jax.Array]:
     loss, grads = jax.value_and_grad(loss_fn)(params, images, labels)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state, loss
@@ -95,7 +97,7 @@ def train(images: np.ndarray, labels: np.ndarray, epochs: int, seed: int) -> dic
     losses = []
     for i in range(per_epoch):
       chosen = order[i * batch : (i + 1) * batch]
-      params, state, loss = step(params, state, augment(images[chosen], rng), labels[chosen])
+      params, state, loss = update(params, state, augment(images[chosen], rng), labels[chosen])
       losses.append(loss)
     seconds = time.perf_counter() - started
     print(f"epoch {epoch + 1}/{epochs}: loss {np.mean(losses):.4f}, {seconds:.1f} s", flush=True)

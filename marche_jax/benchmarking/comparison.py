@@ -21,46 +21,40 @@ import re
 import secrets
 import statistics
 import sys
-import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from marche_jax.benchmarking import profiling
 from marche_jax.benchmarking.entries import Entry, baseline
+from marche_jax.benchmarking.reports import Difference, PolicyQuality, QualityFindings
 from marche_jax.config import ModelConfig
-from marche_jax.decoding import generation
-from marche_jax.decoding import state as state_lib
-from marche_jax.decoding.state import Inputs
+from marche_jax.decoding.generation import Batch, RunSettings, draw_batch
+from marche_jax.decoding.pixels import compile_to_images, require_decodable
+from marche_jax.decoding.plan_runner import NonFiniteLatentsError, PlanRunner
 from marche_jax.evaluation import quality
 from marche_jax.files import atomic_write, check_writable
-from marche_jax.models.mar import inference_params, unpatchify
+from marche_jax.models.mar import inference_params
 from marche_jax.planning.plan import DecodePlan
+from marche_jax.progress import image_bar
 from marche_jax.weights.checkpoint import Model
 
 MAX_PSNR = 100.0
 """dB of two images that are equal in every byte."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
   """What all policies of a comparison share."""
 
   num_images: int
-  batch_size: int
-  seed: int
-  dtype: Any = jnp.float32
 
   def __post_init__(self) -> None:
-    for field in ("num_images", "batch_size"):
-      if getattr(self, field) < 1:
-        raise ValueError(f"{field}={getattr(self, field)}: expected at least 1")
-    if not 0 <= self.seed < 2**32:
-      raise ValueError(f"seed={self.seed}: expected an integer in [0, 2**32)")
+    super().__post_init__()
+    if self.num_images < 1:
+      raise ValueError(f"num_images={self.num_images}: expected at least 1")
 
   def starts(self) -> range:
     """First image of every batch."""
@@ -131,7 +125,7 @@ def draw(
   Raises:
     ValueError: where `out` cannot be written, or images are not finite (`NonFiniteLatentsError`).
   """
-  generation.require_decodable(model)
+  require_decodable(model)
   places = directories(check_writable(out), model, entries, settings)
   batch_size, dtype = settings.batch_size, settings.dtype
   model = dataclasses.replace(model, params=inference_params(model.params, dtype))
@@ -139,49 +133,41 @@ def draw(
     (start, entry) for start in settings.starts() for entry in entries
     if not _file(places[entry.name], start).exists()
   ]  # fmt: skip
-  decoders, compile_seconds = {}, {}
+  runners: dict[str, PlanRunner] = {}
+  compile_seconds: dict[str, float] = {}
+
+  def draw_from(start: int, entry: Entry, progress: Callable[[float], object]) -> Batch:
+    labels = labels_of(start, batch_size, model.config)
+    try:
+      return draw_batch(model, runners[entry.name], labels, start, settings, progress)
+    except NonFiniteLatentsError as error:
+      raise NonFiniteLatentsError(f"{entry.name}: {error}") from error
+
+  if not todo:
+    return compile_seconds
+  compile_to_images(model, batch_size)
   for entry in entries:
     if any(entry is waiting for _, waiting in todo):
       places[entry.name].mkdir(parents=True, exist_ok=True)
       print(f"compiling {entry.name} ...", file=sys.stderr, flush=True)
-      decoders[entry.name] = generation.PlanRunner(entry.plan, dtype=dtype, head_dtype=dtype)
-      compile_seconds[entry.name] = decoders[entry.name].compile(model.params, batch_size)
-      _decode_batch(model, entry.name, decoders[entry.name], settings, 0)  # warms up
-  if todo:
-    generation.compile_to_images(model, batch_size)
+      runners[entry.name] = PlanRunner(entry.plan, dtype=dtype, head_dtype=dtype)
+      compile_seconds[entry.name] = runners[entry.name].compile(model.params, batch_size)
+      draw_from(0, entry, lambda images: None)  # warms up
   run = secrets.token_hex(8)
-  for start, entry in (bar := tqdm(todo, "drawing", unit="batch", smoothing=0, disable=not todo)):
-    file = _file(places[entry.name], start)
-    if file.exists():  # another entry decodes in the same way
-      continue
-    bar.set_postfix_str(f"{entry.name}, images {start} to {start + batch_size - 1}")
-    tokens, seconds = _decode_batch(model, entry.name, decoders[entry.name], settings, start)
-    latents = unpatchify(tokens, model.config)
-    arrays = {
-      "images": generation.to_images(model, latents),
-      "latents": np.asarray(latents),
-      "seconds": np.asarray(seconds),
-    }
-    with atomic_write(file) as aside, aside.open("wb") as opened:
-      np.savez(opened, **arrays, run=np.asarray(run))  # type: ignore[arg-type]
+  with image_bar(len(todo) * batch_size, "drawing") as bar:
+    for start, entry in todo:
+      file = _file(places[entry.name], start)
+      if file.exists():  # another entry decodes in the same way
+        bar.update(batch_size)
+        continue
+      bar.set_postfix_str(f"{entry.name}, images {start} to {start + batch_size - 1}")
+      batch = draw_from(start, entry, bar.update)
+      with atomic_write(file) as aside, aside.open("wb") as opened:
+        np.savez(
+          opened, images=batch.images, latents=batch.latents, seconds=np.asarray(batch.seconds),
+          run=np.asarray(run),
+        )  # fmt: skip
   return compile_seconds
-
-
-def _decode_batch(
-  model: Model, name: str, decoder: generation.PlanRunner, settings: Settings, start: int
-) -> tuple[jax.Array, float]:
-  """Tokens [B, S, C] of a batch under the policy of a name, and the seconds that they took."""
-  size = settings.batch_size
-  ids = jnp.arange(start, start + size, dtype=jnp.uint32)
-  keys = state_lib.image_keys(state_lib.run_key(settings.seed), ids)
-  inputs = Inputs(labels_of(start, size, model.config), keys)
-  state = jax.block_until_ready(decoder.start(keys))
-  clock = time.perf_counter()
-  try:
-    tokens = jax.block_until_ready(decoder(model.params, state, inputs))
-  except generation.NonFiniteLatentsError as error:
-    raise generation.NonFiniteLatentsError(f"{name}: {error}") from error
-  return tokens, time.perf_counter() - clock
 
 
 def _file(place: pathlib.Path, start: int) -> pathlib.Path:
@@ -205,7 +191,7 @@ def collect(place: pathlib.Path, settings: Settings) -> Drawn:
   return Drawn(np.concatenate(images)[:num], np.concatenate(latents)[:num], seconds, runs)
 
 
-def differences(drawn: Drawn, reference: Drawn) -> dict[str, float]:
+def differences(drawn: Drawn, reference: Drawn) -> Difference:
   """How far the same images of two policies are apart.
 
   Returns:
@@ -252,7 +238,7 @@ def report(
   out: pathlib.Path,
   compile_seconds: dict[str, float] | None = None,
   real: tuple[np.ndarray, np.ndarray] | None = None,
-) -> dict[str, Any]:
+) -> QualityFindings:
   """Judges what `draw` has drawn.
 
   Args:
@@ -261,7 +247,7 @@ def report(
     real: images uint8 [num, H, W, channels] and labels int [num] to judge beside them.
 
   Returns:
-    Plain JSON values; `tables.quality_table` shows what they hold.
+    The report; `tables.quality_table` shows what it holds.
 
   Raises:
     FileNotFoundError: where a batch is missing.
@@ -270,7 +256,7 @@ def report(
   base = baseline(entries)
   reference = collect(places[base.name], settings)
   labels = labels_of(0, settings.num_images, model.config)
-  found: dict[str, dict[str, Any]] = {}
+  found: dict[str, PolicyQuality] = {}
   for entry in entries:
     drawn = reference if entry is base else collect(places[entry.name], settings)
     gain, together = speedup(drawn, reference)
@@ -291,9 +277,10 @@ def report(
       "difference": None if entry is base else differences(drawn, reference),
       "quality": judge(drawn.images, labels, model.config),
     }
-  judged = {name: policy["quality"] for name, policy in found.items()}
-  if None not in judged.values():
-    front = pareto([(p["speedup"], p["quality"]["frechet"]) for p in found.values()])
+  judged = [(p["speedup"], p["quality"]) for p in found.values()]
+  points = [(gain, images["frechet"]) for gain, images in judged if images is not None]
+  if len(points) == len(found):
+    front = pareto(points)
     for number, policy in enumerate(found.values()):
       policy["on_front"] = number in front
   return {
@@ -309,7 +296,7 @@ def report(
   }
 
 
-def judge(images: np.ndarray, labels: np.ndarray, config: ModelConfig) -> dict[str, Any] | None:
+def judge(images: np.ndarray, labels: np.ndarray, config: ModelConfig) -> quality.Report | None:
   """`quality.evaluate_samples`; None where the classifier cannot judge the images."""
   if not can_judge(config) or len(images) < 2:
     return None

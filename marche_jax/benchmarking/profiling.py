@@ -12,12 +12,14 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marche_jax.benchmarking import timing
+from marche_jax.benchmarking.reports import Environment
 from marche_jax.decoding import head_sampler, sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.state import DecodeState, Inputs, Rows, Tables
@@ -27,7 +29,7 @@ from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.shapes import StepShape
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
+def seconds(run: Callable[[], object], repeats: int) -> list[float]:
   """Seconds of each of some calls, after one that warms up."""
   each = []
   for _ in range(repeats + 1):
@@ -37,17 +39,22 @@ def seconds(run: Callable[[], Any], repeats: int) -> list[float]:
   return each[1:]
 
 
-def environment() -> dict[str, Any]:
+def environment() -> Environment:
   """The device, the CPUs that this process may use, and the versions of what decodes."""
   device = jax.devices()[0]
   return {
     "device": f"{device.device_kind} ({device.platform})",
     "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    "versions": {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")},
+    "versions": versions(),
   }
 
 
-def matmul_peak(dtype: Any, tries: int = 5) -> float:
+def versions() -> dict[str, str]:
+  """The versions of what decodes."""
+  return {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")}
+
+
+def matmul_peak(dtype: DTypeLike, tries: int = 5) -> float:
   """FLOP/s of a square matrix product, the best of some tries."""
   size = 2048 if jax.default_backend() == "cpu" else 8192
   x = jnp.full((size, size), 1 / size, dtype)
@@ -56,7 +63,7 @@ def matmul_peak(dtype: Any, tries: int = 5) -> float:
 
 
 def split(
-  plan: DecodePlan, params: Params, batch_size: int, dtype: Any, head_dtype: Any
+  plan: DecodePlan, params: Params, batch_size: int, dtype: DTypeLike, head_dtype: DTypeLike
 ) -> dict[str, float]:
   """Measures a plan's parts on one device.
 
@@ -79,11 +86,19 @@ def split(
     shape = plan.step_shapes[number]
     row = {k: jax.tree.map(lambda x, k=k: jnp.asarray(x[k]), rows) for k in (few, many)}
     pieces = _pieces(plan, params, weights, tables, shape, row[many], batch_size, dtype)
-    for name in ("encoder", "decoder"):
-      measured[name][few] = measured[name][many] = min(seconds(pieces[name], 2))
+    for name, run in (("encoder", pieces.encoder), ("decoder", pieces.decoder)):
+      measured[name][few] = measured[name][many] = min(seconds(run, 2))
     for k in row:
-      measured["head"][k] = min(seconds(functools.partial(pieces["head"], row[k]), 2))
+      measured["head"][k] = min(seconds(functools.partial(pieces.head, row[k]), 2))
   return {name: timing.sum_over_rows(plan, m) / batch_size for name, m in measured.items()}
+
+
+class Pieces(NamedTuple):
+  """What one row of a step shape runs."""
+
+  encoder: Callable[[], jax.Array]
+  decoder: Callable[[], jax.Array]
+  head: Callable[[Rows], jax.Array]  # of the row whose diffusion steps it takes
 
 
 def _pieces(
@@ -94,12 +109,9 @@ def _pieces(
   shape: StepShape,
   row: Rows,
   batch: int,
-  dtype: Any,
-) -> dict[str, Callable[..., Any]]:
-  """What one row of a step shape runs, each part compiled when it is first called.
-
-  The head is called with the row whose diffusion steps it takes.
-  """
+  dtype: DTypeLike,
+) -> Pieces:
+  """The parts of one row, each compiled when it is first called."""
   config = plan.config
   order = jnp.broadcast_to(jnp.arange(config.seq_len), (batch, config.seq_len))
   tokens = jnp.ones((batch, config.seq_len, config.token_dim))
@@ -144,4 +156,4 @@ def _pieces(
   def run_head(row: Rows) -> jax.Array:
     return head(weights, row, z, predict)
 
-  return {"encoder": run_encoder, "decoder": run_decoder, "head": run_head}
+  return Pieces(run_encoder, run_decoder, run_head)

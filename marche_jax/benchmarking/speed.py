@@ -10,13 +10,23 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from marche_jax.benchmarking import profiling
 from marche_jax.benchmarking.entries import Entry, baseline
+from marche_jax.benchmarking.reports import (
+  ComparedSpeed,
+  Gains,
+  PolicySpeed,
+  SingleReport,
+  SpeedFindings,
+  SpeedReport,
+  Timed,
+)
 from marche_jax.benchmarking.timing import (
   Options,
   Program,
@@ -36,7 +46,7 @@ def compare(
   entries: Sequence[Entry],
   options: Options,
   progress: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
+) -> SpeedFindings:
   """Measures decoding of one batch under several policies.
 
   Args:
@@ -46,7 +56,7 @@ def compare(
     progress: is told what happens next.
 
   Returns:
-    The report as plain JSON values; `tables.speed_table` shows what it holds. Seconds and FLOPs are
+    The report; `tables.speed_table` shows what it holds. Seconds and FLOPs are
     per image, memory is of the batch. `typical` seconds are the median of whole runs, which follow
     one that warms up; of an estimate, the sum of the least timing of every row, with the sum of the
     largest as `max`. Of an estimate, memory and compilation are those of the program for one row,
@@ -70,7 +80,7 @@ def compare(
   for dtype, before in peaks.items():  # other work on the machine lowers it
     peaks[dtype] = max(before, profiling.matmul_peak(dtype))
 
-  found: dict[str, dict[str, Any]] = {}
+  alone: dict[str, PolicySpeed] = {}
   for entry in entries:
     split = None
     if options.split:
@@ -78,16 +88,20 @@ def compare(
       split = profiling.split(
         entry.plan, params, options.batch_size, options.dtype, options.head_dtype
       )
-    found[entry.name] = _describe(programs[entry.name], entry, seconds[entry.name], split, peaks)
+    found = _describe(programs[entry.name], entry, seconds[entry.name], split, peaks)
     if checked:
-      whole = checked[entry.name]
-      estimate = found[entry.name]["seconds_per_image"]["typical"]
-      found[entry.name] |= {"whole_run_seconds": whole, "estimate_over_whole_run": estimate / whole}
+      whole, estimate = checked[entry.name], found["seconds_per_image"]["typical"]
+      found["whole_run_seconds"] = whole
+      found["estimate_over_whole_run"] = estimate / whole
+    alone[entry.name] = found
   base = baseline(entries)
-  for entry in entries:
-    found[entry.name] |= _relative(
-      found[entry.name], found[base.name], entry.plan.speedup(base.plan)
-    )
+  policies: dict[str, ComparedSpeed] = {
+    entry.name: {
+      **alone[entry.name],
+      **_relative(alone[entry.name], alone[base.name], entry.plan.speedup(base.plan)),
+    }
+    for entry in entries
+  }
   return {
     "model": dataclasses.asdict(config),
     "batch_size": options.batch_size,
@@ -99,26 +113,26 @@ def compare(
     "matmul_peak_gflops": peaks[jnp.dtype(options.dtype)] / 1e9,
     "weight_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
     "baseline": base.name,
-    "policies": found,
+    "policies": policies,
   }
 
 
-def single(report: dict[str, Any]) -> dict[str, Any]:
+def single(report: SpeedReport) -> SingleReport:
   """The report of `compare` for one policy, in one level: without what compares."""
   ((name, policy),) = report["policies"].items()
-  compares = {"speedup", "predicted_speedup", "measured_over_predicted", "transformer_speedup"}
   shared = {key: value for key, value in report.items() if key not in ("policies", "baseline")}
-  return shared | {"policy": name} | {k: v for k, v in policy.items() if k not in compares}
+  own = {key: value for key, value in policy.items() if key not in Gains.__annotations__}
+  return cast(SingleReport, shared | {"policy": name} | own)
 
 
 def _whole_runs(
   programs: dict[str, Program], options: Options, progress: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Timed]:
   """Seconds per image by policy: `runs`, and `typical`, `min`, `max` of them."""
   runs = {name: program.whole_run for name, program in programs.items()}
   progress("warming up")
   interleave(runs, 1)
-  found = {}
+  found: dict[str, Timed] = {}
   for name, seconds in interleave(runs, options.repeats, progress).items():
     each = [s / options.batch_size for s in seconds]
     found[name] = {
@@ -132,7 +146,7 @@ def _whole_runs(
 
 def _estimates(
   programs: dict[str, Program], options: Options, progress: Callable[[str], None]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Timed]:
   """As `_whole_runs`, but estimated; `runs` holds the estimates of single rounds."""
 
   def timer(program: Program) -> Callable[[], dict[int, float]]:
@@ -143,7 +157,7 @@ def _estimates(
   progress("warming up")
   for program in programs.values():
     program.warm_up()
-  found = {}
+  found: dict[str, Timed] = {}
   for name, rounds in interleave(timers, options.repeats, progress).items():
     plan = programs[name].plan
 
@@ -178,10 +192,10 @@ def _check(
 def _describe(
   program: Program,
   entry: Entry,
-  seconds: dict[str, Any],
+  seconds: Timed,
   split: dict[str, float] | None,
-  peaks: dict[Any, float],
-) -> dict[str, Any]:
+  peaks: dict[np.dtype, float],
+) -> PolicySpeed:
   """The report of one policy on its own."""
   plan, options = entry.plan, program.options
   flops, exact = plan.flops(), plan.flops(padded=False)
@@ -216,14 +230,13 @@ def _describe(
   }
 
 
-def _relative(policy: dict[str, Any], base: dict[str, Any], predicted: float) -> dict[str, Any]:
+def _relative(policy: PolicySpeed, base: PolicySpeed, predicted: float) -> Gains:
   """Speed-ups over the baseline: measured, predicted, and of encoder and decoder alone."""
   measured = base["seconds_per_image"]["typical"] / policy["seconds_per_image"]["typical"]
   transformer = None
-  if policy["split_seconds"] is not None:
-    ours, theirs = (p["split_seconds"]["encoder"] + p["split_seconds"]["decoder"]
-                    for p in (policy, base))  # fmt: skip
-    transformer = theirs / ours
+  ours, theirs = policy["split_seconds"], base["split_seconds"]
+  if ours is not None and theirs is not None:
+    transformer = (theirs["encoder"] + theirs["decoder"]) / (ours["encoder"] + ours["decoder"])
   return {
     "speedup": measured,
     "predicted_speedup": predicted,

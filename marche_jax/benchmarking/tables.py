@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from marche_jax.benchmarking.reports import (
+  Environment,
+  QualityReport,
+  SingleReport,
+  SpeedReport,
+)
+from marche_jax.evaluation import quality
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -17,8 +24,8 @@ def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
   return [line(head), *(line(row) for row in rows)]
 
 
-def quality_table(report: dict[str, Any]) -> str:
-  """The report of `comparison.report`."""
+def quality_table(report: QualityReport) -> str:
+  """Quality and speed of several policies, and of real images."""
   head = ["policy", "recognised", "Fréchet", "(95%)", "latent RMSE", "PSNR", "s/image", "speed-up",
           "predicted", "GFLOP", "front"]  # fmt: skip
   rows, apart = [], False
@@ -38,8 +45,8 @@ def quality_table(report: dict[str, Any]) -> str:
         "yes" if found.get("on_front") else "",
       ]
     )
-  for name, found in report.get("real", {}).items():
-    rows.append([f"({name})", *_judged(found), *["-"] * 6, ""])
+  for name, judged in report.get("real", {}).items():
+    rows.append([f"({name})", *_judged(judged), *["-"] * 6, ""])
   lines = [
     f"{report['num_images']} images in batches of {report['batch_size']}, seed {report['seed']}, "
     f"{report['dtype']}; {_machine(report)}",
@@ -54,12 +61,12 @@ def quality_table(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _machine(report: dict[str, Any]) -> str:
+def _machine(report: Environment) -> str:
   return f"{report['device']}, {report['cpus']} CPUs; jax {report['versions']['jax']}"
 
 
-def speed_table(report: dict[str, Any]) -> str:
-  """The report of `speed.compare`."""
+def speed_table(report: SpeedReport) -> str:
+  """Speed of several policies."""
   policies = report["policies"]
   how = "median of the runs, their range"
   if report["estimated"]:
@@ -128,21 +135,21 @@ def speed_table(report: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def single_table(report: dict[str, Any]) -> str:
-  """The report of `speed.compare` for one policy, flattened by `speed.single`."""
+def single_table(report: SingleReport) -> str:
+  """Speed of one policy."""
   sample, padding = report["sample"], report["padding"]
   split, flops = report["split_seconds"], report["gflops_per_image"]
   fraction, seconds = report["fraction_of_peak"], report["seconds_per_image"]
   temporary, peak = (report["memory_bytes"][k] / 2**30 for k in ("temporary", "peak"))
   weights = report["weight_bytes"] / 2**30
   cached = ", from the compilation cache" if report["compiled_from_cache"] else ""
-  steps = " to ".join(dict.fromkeys(map(str, report["diffusion_steps"])))
+  diffusion_steps = " to ".join(dict.fromkeys(map(str, report["diffusion_steps"])))
   lines = [
     f"device            {_machine(report)}",
     f"model             {report['name']}, batch {report['batch_size']}, {report['dtype']}, head "
     f"{report['head_dtype']}",
     f"decoding          policy {report['policy']}, {report['iterations']} iterations, "
-    f"{steps} diffusion steps, guidance {sample['cfg']}",
+    f"{diffusion_steps} diffusion steps, guidance {sample['cfg']}",
     f"compile           {report['compile_seconds']:.1f} s{cached}, tracing "
     f"{report['lower_seconds']:.1f} s; {report['step_shapes']} step shapes",
     f"memory            {temporary:.3f} GiB temporary, {weights:.3f} GiB of weights "
@@ -183,7 +190,7 @@ def number(value: float | None) -> str:
   return f"{value:.0f}" if value == 0 or abs(value) >= 100 else f"{value:#.3g}"
 
 
-def _judged(found: dict[str, Any] | None) -> list[str]:
+def _judged(found: quality.Report | None) -> list[str]:
   if found is None:
     return ["-"] * 3
   low, high = found["frechet_interval"]

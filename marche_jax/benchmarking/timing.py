@@ -12,14 +12,15 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from marche_jax.decoding import generation, sampler
 from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.decoding.state import IDLE, DecodeState, Inputs, Rows
 from marche_jax.models.mar import Params
 from marche_jax.planning.plan import DecodePlan
@@ -31,8 +32,8 @@ class Options:
 
   batch_size: int = 1  # images decoded together
   repeats: int = 3  # timed runs of every policy, or timings of every row of an estimate
-  dtype: Any = jnp.float32  # as in `sampler.decode`
-  head_dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32  # as in `sampler.decode`
+  head_dtype: DTypeLike = jnp.float32
   estimate: bool = False  # time single rows, not whole runs
   check: bool = False  # with an estimate: also time one whole run of every policy
   split: bool = True  # also time encoder, decoder and head apart
@@ -53,24 +54,21 @@ class Program:
   ) -> None:
     """Compiles for all rows of the plan in one call, or for one row per call."""
     self.plan, self.params, self.options = plan, params, options
-    all_rows, self._tables = state_lib.plan_rows(plan)
-    self.rows = [rows for _, rows in state_lib.chunks(all_rows, 1 if one_row else len(plan.rows))]
+    self._runner = PlanRunner(
+      plan, dtype=options.dtype, head_dtype=options.head_dtype, chunk=1 if one_row else None
+    )
+    self.rows = [rows for _, rows in self._runner.row_chunks()]
     size = options.batch_size
-    self._keys = state_lib.image_keys(jax.random.key(0), jnp.arange(size, dtype=jnp.uint32))
+    self._keys = state_lib.image_keys(state_lib.run_key(0), jnp.arange(size, dtype=jnp.uint32))
     labels = jnp.arange(size, dtype=jnp.int32) % plan.config.class_num
     self._inputs = Inputs(labels, self._keys)
-    self._start = generation.PlanRunner(plan, dtype=options.dtype).start
 
     clock = time.perf_counter()
-    lowered = sampler.jitted_decode.lower(
-      params, jax.eval_shape(self._start, self._keys), self.rows[0], self._tables, self._inputs,
-      config=plan.config, step_shapes=plan.step_shapes, dtype=options.dtype,
-      head_dtype=options.head_dtype,
-    )  # fmt: skip
+    lowered = self._runner.lower(params, size)
     self.lower_seconds = time.perf_counter() - clock
     clock = time.perf_counter()
     with _cache_hits() as hits:
-      self._compiled = lowered.compile()
+      self._compiled = self._runner.compiled = lowered.compile()
     self.compile_seconds = time.perf_counter() - clock
     self.from_cache = bool(hits)
 
@@ -89,12 +87,12 @@ class Program:
 
   def start(self) -> DecodeState:
     """The state before the first iteration."""
-    return jax.block_until_ready(self._start(self._keys))
+    return jax.block_until_ready(self._runner.start(self._keys))
 
   def call(self, state: DecodeState, rows: Rows) -> tuple[float, DecodeState, np.ndarray]:
     """Runs rows; (seconds, the state afterwards, whether images are finite after each)."""
     clock = time.perf_counter()
-    done = self._compiled(self.params, state, rows, self._tables, self._inputs)
+    done = self._runner.call(self.params, state, rows, self._inputs)
     state, finite, _ = jax.block_until_ready(done)
     return time.perf_counter() - clock, state, np.asarray(finite)
 
@@ -102,14 +100,12 @@ class Program:
     """Seconds of decoding a batch, from a fresh state.
 
     Raises:
-      ValueError: where an iteration gives NaN or infinity.
+      NonFiniteLatentsError: where an iteration gives NaN or infinity.
     """
-    (rows,) = self.rows
-    seconds, _, finite = self.call(self.start(), rows)
-    bad = np.flatnonzero(~finite.all(axis=1))
-    if bad.size:
-      raise ValueError(f"non-finite latents at iteration {bad[0]} of {len(self.plan.rows)}")
-    return seconds
+    state = self.start()
+    clock = time.perf_counter()
+    jax.block_until_ready(self._runner(self.params, state, self._inputs))
+    return time.perf_counter() - clock
 
   def warm_up(self) -> None:
     """Runs one row of every step shape: the first use of memory takes longer than later ones."""
@@ -124,7 +120,8 @@ class Program:
   def time_rows(self, numbers: Sequence[int]) -> dict[int, float]:
     """Seconds of an idle call, under `IDLE`, and of rows, each in a call of its own, beyond it.
 
-    The state is handed from one to the next: what is in it does not matter for the time.
+    Unlike `PlanRunner.run` this does not follow the plan, nor look at the tokens: the state is
+    handed from one to the next, and what is in it does not matter for the time.
     """
     idle = _only(self.rows[0], np.zeros(1, bool))
     _, state, _ = self.call(self.start(), idle)  # takes the fresh state's memory
@@ -146,8 +143,8 @@ def rows_to_time(plan: DecodePlan) -> dict[int, tuple[int, int]]:
   found = {}
   for shape in range(len(plan.step_shapes)):
     numbers = [k for k, row in enumerate(plan.rows) if row.shape_id == shape]
-    steps = {k: plan.diffusion_steps(plan.rows[k]) for k in numbers}
-    found[shape] = min(numbers, key=steps.__getitem__), max(numbers, key=steps.__getitem__)
+    count = {k: plan.diffusion_steps(plan.rows[k]) for k in numbers}
+    found[shape] = min(numbers, key=count.__getitem__), max(numbers, key=count.__getitem__)
   return found
 
 
@@ -173,11 +170,14 @@ def estimate_seconds(plan: DecodePlan, measured: dict[int, float]) -> float:
   return measured[IDLE] + sum_over_rows(plan, measured)
 
 
+T = TypeVar("T")
+
+
 def interleave(
-  runs: dict[str, Callable[[], Any]], repeats: int, progress: Callable[[str], None] = lambda _: None
-) -> dict[str, list[Any]]:
+  runs: dict[str, Callable[[], T]], repeats: int, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, list[T]]:
   """What every run returned in each round; the runs take turns: A B C A B C."""
-  found: dict[str, list[Any]] = {name: [] for name in runs}
+  found: dict[str, list[T]] = {name: [] for name in runs}
   for number in range(repeats):
     for name, run in runs.items():
       progress(f"round {number + 1} of {repeats}: {name}")
@@ -190,7 +190,7 @@ def _cache_hits() -> Iterator[list[str]]:
   """Collects an entry for every program that jax takes from its persistent compilation cache."""
   hits: list[str] = []
 
-  def listen(event: str, **_: Any) -> None:
+  def listen(event: str, **_: str | int) -> None:
     if event == "/jax/compilation_cache/cache_hits":
       hits.append(event)
 

@@ -1,16 +1,16 @@
 """The KV cache and attention over it.
 
-A cache is explicit state: one array of keys and one of values for every stack, which a step takes,
-updates in place and hands on. Rows of a full step are written as one block, those of a selective
-step are scattered; attention then reads the layer as a whole. `merged_attention` is the other way,
-that of MARché: an active and a cached part, attended apart and merged by an online softmax. It is
-what a scout pass uses, whose keys and values must not stay.
+A cache is explicit state: one array of keys and one of values for every stack, which an iteration
+takes, updates in place and hands on. What a full iteration computes is written as one block, what a
+selective one computes is scattered; attention then reads the layer as a whole. `merged_attention`
+is the other way, that of MARché: an active and a cached part, attended apart and merged by an
+online softmax. It is what a scout pass uses, whose keys and values must not stay.
 
-Positions are in **rank** order: the buffer tokens, then the image tokens in the order in which they
-are revealed. Attention does not care about order, and so the known tokens, those generated last and
+Tokens lie by **rank**: the buffer tokens, then the image tokens in the order in which they are
+revealed. Attention does not care about order, and so the known tokens, those generated last and
 those generated now are each one contiguous range, the same one in all images.
 
-Shapes: L layers, X sequences (guidance halves times images), N = buffer + S positions.
+Shapes: L layers, X sequences (guidance halves times images), N = buffer + S tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 
 from marche_jax.models.mar import attention_logits
 
@@ -32,9 +33,9 @@ class KVCache:
   k: jax.Array
   v: jax.Array
 
-  def read(self, layer: jax.Array, sequences: int, positions: int) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of a layer: the first sequences and positions, each [X, n, width]."""
-    size, at = (1, sequences, positions, self.k.shape[-1]), (layer, 0, 0, 0)
+  def read(self, layer: jax.Array, sequences: int, ranks: int) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of a layer: of the first sequences and ranks, each [X, n, width]."""
+    size, at = (1, sequences, ranks, self.k.shape[-1]), (layer, 0, 0, 0)
 
     def get(x: jax.Array) -> jax.Array:
       return _row_major(jax.lax.dynamic_slice(_row_major(x), at, size))[0]
@@ -42,23 +43,23 @@ class KVCache:
     return get(self.k), get(self.v)
 
   def write(self, layer: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-    """Stores keys and values [X, n, width] of a layer's first n positions.
+    """Stores keys and values [X, n, width] of a layer's first n ranks.
 
     Sequences beyond the cache's are dropped: with a condition cache only the conditional half has
     one.
     """
-    rows = self.k.shape[1]
+    sequences = self.k.shape[1]
     at = (layer, 0, 0, 0)
 
     def put(to: jax.Array, x: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_update_slice(_row_major(to), _row_major(x[None, :rows]), at)
+      return jax.lax.dynamic_update_slice(_row_major(to), _row_major(x[None, :sequences]), at)
 
     return KVCache(put(self.k, k), put(self.v, v))
 
-  def scatter(self, layer: jax.Array, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-    """Stores keys and values [X, A, width] at positions int [X, A]; those out of range drop."""
-    sequence = jnp.arange(index.shape[0])[:, None]
-    put = lambda to, x: to.at[layer, sequence, index].set(x, mode="drop")
+  def scatter(self, layer: jax.Array, ranks: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+    """Stores keys and values [X, A, width] at ranks int [X, A]; those out of range drop."""
+    sequence = jnp.arange(ranks.shape[0])[:, None]
+    put = lambda to, x: to.at[layer, sequence, ranks].set(x, mode="drop")
     return KVCache(put(self.k, k), put(self.v, v))
 
 
@@ -67,10 +68,12 @@ def _row_major(x: jax.Array) -> jax.Array:
   return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def empty_cache(layers: int, sequences: int, positions: int, width: int, dtype: object) -> KVCache:
+def empty_cache(
+  layers: int, sequences: int, num_tokens: int, width: int, dtype: DTypeLike
+) -> KVCache:
   """A cache of zeros."""
-  shape = (layers, sequences, positions, width)
-  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))  # type: ignore[arg-type]
+  shape = (layers, sequences, num_tokens, width)
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def merged_attention(

@@ -12,17 +12,18 @@ programming.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 from marche_jax.config import SampleConfig
-from marche_jax.decoding import sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.cache import KVCache
-from marche_jax.decoding.generation import NonFiniteLatentsError, PlanRunner, check_labels
+from marche_jax.decoding.given import check_labels
+from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.decoding.state import Inputs
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan, parse_policy
@@ -33,7 +34,11 @@ SKETCH = 16
 
 
 def calibrate(
-  model: Model, sample: SampleConfig, labels: Any, key: jax.Array, dtype: Any = jnp.float32
+  model: Model,
+  sample: SampleConfig,
+  labels: ArrayLike,
+  key: jax.Array,
+  dtype: DTypeLike = jnp.float32,
 ) -> tuple[SampleConfig, np.ndarray]:
   """Chooses the iterations that `sample`, with a policy of marche, refreshes in full.
 
@@ -74,7 +79,7 @@ def calibrate(
 
 
 def measure_drift(
-  model: Model, sample: SampleConfig, labels: np.ndarray, key: jax.Array, dtype: Any
+  model: Model, sample: SampleConfig, labels: np.ndarray, key: jax.Array, dtype: DTypeLike
 ) -> np.ndarray:
   """The drift [R, R] of `calibrate`, over the iterations of `sample`."""
   selective = make_plan(model.config, sample)  # it has the caches
@@ -83,17 +88,11 @@ def measure_drift(
   )
   keys = state_lib.image_keys(key, jnp.arange(len(labels), dtype=jnp.uint32))
   state = PlanRunner(selective, dtype=dtype).start(keys)
-  rows, tables = state_lib.plan_rows(full)
-  inputs = Inputs(labels, keys)
+  runner = PlanRunner(full, dtype=dtype, head_dtype=dtype, chunk=1)
   sketches = []
-  for done, row in state_lib.chunks(rows, 1):
-    state, finite, _ = sampler.jitted_decode(
-      model.params, state, row, tables, inputs,
-      config=model.config, step_shapes=full.step_shapes, dtype=dtype, head_dtype=dtype,
-    )  # fmt: skip
-    if not finite.all():
-      raise NonFiniteLatentsError(f"non-finite latents at iteration {done - 1} of {len(full.rows)}")
-    sketches.append([np.asarray(_sketch(c)) for c in (state.encoder_cache, state.decoder_cache)])
+  for chunk in runner.run(model.params, state, Inputs(labels, keys)):
+    caches = chunk.state.encoder_cache, chunk.state.decoder_cache
+    sketches.append([np.asarray(_sketch(cache)) for cache in caches])
   return drift_of_sketches(sketches, full)
 
 
@@ -144,7 +143,7 @@ def choose_refreshes(drift: np.ndarray, count: int) -> tuple[int, ...]:
     back.append(options.argmin(axis=0))
     best = options.min(axis=0)
   chosen, end = [], n
-  for step in reversed(back):
-    end = int(step[end])
+  for last in reversed(back):
+    end = int(last[end])
     chosen.append(end)
   return (0, *reversed(chosen))

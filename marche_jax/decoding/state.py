@@ -1,8 +1,8 @@
 """What decoding works on: the state that iterations hand on, a plan's rows, and a batch's inputs.
 
 Reference: `MAR.sample_tokens`. Shapes as in `models/mar.py`; X = guidance halves times images, the
-conditional half first; N positions in rank order as in `cache.py`; R rows of a plan, T diffusion
-steps of its longest process.
+conditional half first; N tokens by rank as in `cache.py`; R rows of a plan, T diffusion steps of
+its longest process.
 """
 
 from __future__ import annotations
@@ -10,17 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from marche_jax.decoding.cache import KVCache, empty_cache
 from marche_jax.models import diffusion
 from marche_jax.planning.plan import DecodePlan
+
+Array = jax.Array | np.ndarray
+"""Numpy on the host, of jax on the device."""
 
 # Streams of an image's random numbers.
 ORDER_STREAM, NOISE_STREAM = 0, 1
@@ -37,26 +40,27 @@ class DecodeState:
   by_rank: jax.Array  # int32 [B, S]: position of the image token of each rank
   encoder_cache: KVCache | None = None  # [L, X, N, De]; X of the plan's cache_halves
   decoder_cache: KVCache | None = None  # [L, X, N, Dd]
-  decoder_input: Any = None  # [X, N, Dd]: what the decoder's first layer sees, by rank
-  difference: Any = None  # [B, S, Dd]: unconditional minus conditional, before the decoder's norm
-  scores: Any = None  # (encoder's, decoder's), float32 [X, N]: attention of the last iteration
+  decoder_input: jax.Array | None = None  # [X, N, Dd]: what the decoder's first layer sees
+  difference: jax.Array | None = None  # [B, S, Dd] by rank: unconditional minus conditional half
+  encoder_carried: jax.Array | None = None  # float32 [X, N]: attention of the last iteration,
+  decoder_carried: jax.Array | None = None  # float32 [X, N]: by which the next one may select
 
 
 @flax.struct.dataclass
 class Rows:
   """Row data of a plan on the device, each [R]."""
 
-  shape_id: Any  # int32; IDLE: padding
-  num_known: Any  # int32
-  num_previous: Any  # int32
-  num_predict: Any  # int32
-  encoder_active: Any  # int32
-  decoder_active: Any  # int32
-  cfg: Any  # float32
-  process: Any  # int32
-  diffusion_steps: Any  # int32
-  num_detail: Any  # int32
-  detail_process: Any  # int32
+  shape_id: Array  # int32; IDLE: padding
+  num_known: Array  # int32
+  num_previous: Array  # int32
+  num_predict: Array  # int32
+  encoder_active: Array  # int32
+  decoder_active: Array  # int32
+  cfg: Array  # float32
+  process: Array  # int32
+  diffusion_steps: Array  # int32
+  num_detail: Array  # int32
+  detail_process: Array  # int32
 
 
 @flax.struct.dataclass
@@ -64,25 +68,25 @@ class Tables:
   """Tables of a plan's diffusion processes, padded to the longest."""
 
   coefficients: diffusion.Coefficients  # each [processes, T]
-  temperature: Any  # float32 []
+  temperature: Array  # float32 []
 
 
 @flax.struct.dataclass
 class Noise:
-  """Recorded noise that replaces drawn noise."""
+  """Given noise, which replaces drawn noise."""
 
-  initial: Any  # float32 [R, B, S, C]: x_T
-  steps: Any  # float32 [R, T, B, S, C]: index 0 is the first executed step
+  initial: Array  # float32 [R, B, S, C]: x_T
+  diffusion_steps: Array  # float32 [R, T, B, S, C]: index 0 is the first executed one
 
 
 @flax.struct.dataclass
 class Inputs:
   """What a batch is decoded from."""
 
-  labels: Any  # int32 [B]
-  keys: Any  # typed keys [B], one per image
+  labels: Array  # int32 [B]
+  keys: jax.Array  # typed keys [B], one per image
   noise: Noise | None = None
-  teacher: Any = None  # float32 [B, S, C]: these values replace what the head samples
+  teacher: Array | None = None  # float32 [B, S, C]: these values replace what the head samples
 
 
 def run_key(seed: int) -> jax.Array:
@@ -101,7 +105,7 @@ def random_order(keys: jax.Array, seq_len: int) -> jax.Array:
   return jax.vmap(lambda k: fold(jax.random.fold_in(k, ORDER_STREAM)))(keys).astype(jnp.int32)
 
 
-def arrange(plan: DecodePlan, by_rank: Any) -> jax.Array:
+def arrange(plan: DecodePlan, by_rank: Array) -> jax.Array:
   """Positions by rank, int [B, S], under the plan's rule, int32 [B, S].
 
   Positions of a lower stage come first, each stage in the order given; then the tokens of every
@@ -121,7 +125,9 @@ def arrange(plan: DecodePlan, by_rank: Any) -> jax.Array:
   return by_rank
 
 
-def empty_state(plan: DecodePlan, tokens: Any, by_rank: Any, dtype: Any) -> DecodeState:
+def empty_state(
+  plan: DecodePlan, tokens: jax.Array, by_rank: jax.Array, dtype: DTypeLike
+) -> DecodeState:
   """The state before the first iteration.
 
   Args:
@@ -134,19 +140,20 @@ def empty_state(plan: DecodePlan, tokens: Any, by_rank: Any, dtype: Any) -> Deco
   state = DecodeState(tokens, by_rank)
   if not halves:
     return state
-  batch, positions = tokens.shape[0], config.num_tokens
+  batch, num_tokens = tokens.shape[0], config.num_tokens
   wide = config.decoder_embed_dim
   sequences = halves * batch
-  score = lambda: jnp.zeros((sequences, positions))
+  attention = lambda: jnp.zeros((sequences, num_tokens)) if plan.carries_scores else None
   return dataclasses.replace(
     state,
     encoder_cache=empty_cache(
-      config.encoder_depth, sequences, positions, config.encoder_embed_dim, dtype
+      config.encoder_depth, sequences, num_tokens, config.encoder_embed_dim, dtype
     ),
-    decoder_cache=empty_cache(config.decoder_depth, sequences, positions, wide, dtype),
-    decoder_input=jnp.zeros((sequences, positions, wide), dtype),
+    decoder_cache=empty_cache(config.decoder_depth, sequences, num_tokens, wide, dtype),
+    decoder_input=jnp.zeros((sequences, num_tokens, wide), dtype),
     difference=jnp.zeros((batch, config.seq_len, wide), dtype) if plan.stores_difference else None,
-    scores=(score(), score()) if plan.carries_scores else None,
+    encoder_carried=attention(),
+    decoder_carried=attention(),
   )
 
 
@@ -175,7 +182,7 @@ def plan_rows(plan: DecodePlan) -> tuple[Rows, Tables]:
     jax.tree.map(lambda x: np.pad(x, (0, longest - len(x))), p.coefficients())
     for p in plan.processes
   ]
-  columns: dict[str, list[Any]] = {
+  columns: dict[str, list[float]] = {
     field.name: [getattr(row, field.name) for row in plan.rows]
     for field in dataclasses.fields(Rows)
     if field.name != "diffusion_steps"
@@ -185,7 +192,7 @@ def plan_rows(plan: DecodePlan) -> tuple[Rows, Tables]:
     **{k: np.asarray(v, np.float32 if k == "cfg" else np.int32) for k, v in columns.items()}
   )
   coefficients = jax.tree.map(lambda *x: np.stack(x), *padded)
-  return rows, Tables(coefficients, np.float32(plan.temperature))
+  return rows, Tables(coefficients, np.asarray(plan.temperature, np.float32))
 
 
 def chunks(rows: Rows, size: int) -> Iterator[tuple[int, Rows]]:

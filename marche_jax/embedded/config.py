@@ -22,7 +22,7 @@ loss was still falling, and some garments carry patchwise noise.
 from marche_jax import config as config_lib
 
 
-def get_config():
+def get_config() -> config_lib.Mutable[config_lib.Config]:
   """Returns a mutable `marche_jax.config.Config`."""
   return config_lib.mutable(
     config_lib.Config(

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import os
 import zipfile
-from typing import Any
+from typing import TypedDict
 
 import flax.linen as nn
 import flax.traverse_util
@@ -23,12 +23,13 @@ import numpy as np
 
 from marche_jax.embedded import DIRECTORY
 from marche_jax.files import atomic_write
+from marche_jax.models.params import Params
 
 IMAGE_SHAPE = (28, 28, 1)
 NUM_CLASSES = 10
 NUM_FEATURES = 128
 CLASSIFIER_FILE = DIRECTORY / "classifier.npz"
-_BATCH = 256  # images per compiled step
+_BATCH = 256  # images per compiled call
 _WEIGHT = "weight/"  # prefix of the weights' names in the file
 
 
@@ -173,7 +174,7 @@ def recognised(logits: np.ndarray, labels: np.ndarray) -> float:
 
 def load_classifier(
   path: str | os.PathLike[str] = CLASSIFIER_FILE,
-) -> tuple[dict[str, Any], FeatureStatistics]:
+) -> tuple[Params, FeatureStatistics]:
   """Reads a classifier: float32 parameters of `Classifier` (stored as float16), and the reference.
 
   The reference are the feature statistics of the 60,000 real training images.
@@ -205,7 +206,7 @@ def load_classifier(
 
 
 def save_classifier(
-  path: str | os.PathLike[str], params: dict[str, Any], reference: FeatureStatistics
+  path: str | os.PathLike[str], params: Params, reference: FeatureStatistics
 ) -> None:
   """Writes what `load_classifier` reads: beside the destination first, then renamed."""
   arrays: dict[str, np.ndarray] = {
@@ -217,7 +218,7 @@ def save_classifier(
     np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
-def classify(params: dict[str, Any], images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def classify(params: Params, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Classifies images in batches of one compiled size.
 
   Logits and features are the averages over each image and its mirror image (which raises the
@@ -248,9 +249,19 @@ def classify(params: dict[str, Any], images: np.ndarray) -> tuple[np.ndarray, np
   return logits_all, features_all
 
 
+class Report(TypedDict):
+  """What `evaluate_samples` finds."""
+
+  num_images: int
+  recognised: float  # share, in [0, 1]
+  recognised_per_class: list[float | None]  # [10]; None where a class was not asked for
+  frechet: float  # the distance
+  frechet_interval: list[float]  # its 95% interval, [low, high]
+
+
 def evaluate_samples(
   images: np.ndarray, labels: np.ndarray, reference: np.ndarray | FeatureStatistics | None = None
-) -> dict[str, Any]:
+) -> Report:
   """Judges samples with the shipped classifier.
 
   Args:
@@ -259,9 +270,7 @@ def evaluate_samples(
     reference: features or statistics to compare with; None: the real training images.
 
   Returns:
-    `num_images`; `recognised`, the share in [0, 1], and `recognised_per_class`, a list of 10 (None
-    where a class was not asked for); `frechet`, the distance, and `frechet_interval`, its 95%
-    interval [low, high]. All JSON values.
+    what was found, as JSON values.
 
   Raises:
     ValueError: for images or labels of another shape, dtype or range.
@@ -283,10 +292,10 @@ def evaluate_samples(
 
 
 @jax.jit
-def _apply(params: dict[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
   with jax.default_matmul_precision("highest"):  # else bf16 on TPU, TF32 on GPU
     views = jnp.concatenate([images, images[:, :, ::-1]])
-    outputs: Any = Classifier().apply({"params": params}, normalise(views))
+    outputs: tuple[jax.Array, jax.Array] = Classifier().apply({"params": params}, normalise(views))
     logits, features = (x.reshape(2, len(images), -1).mean(0) for x in outputs)
     return logits, features
 

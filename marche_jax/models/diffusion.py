@@ -1,7 +1,8 @@
 """The diffusion process of the head: schedules on the host, arithmetic on the device.
 
 Schedules are float64 numpy, computed before anything is traced. Device arithmetic is float32
-whatever the dtype of the network, and works on the last axis C of [..., C] tokens.
+whatever the dtype of the network, and works on the last axis C of [..., C] tokens. A step is a
+diffusion step everywhere in this file.
 
 Reference: `diffusion/gaussian_diffusion.py`, `diffusion/respace.py` and `models/diffloss.py` of
 MAR; the process is that of Improved DDPM (arXiv 2102.09672) with a cosine schedule, a model that
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import flax.struct
 import jax
@@ -83,9 +83,8 @@ class Process:
       "max_log_variance": np.log(betas),
       "noise": (np.arange(len(betas)) > 0).astype(np.float64),
     } | self._dpm_coefficients()
-    return Coefficients(
-      **{k: v if k == "timestep" else v.astype(np.float32) for k, v in values.items()}
-    )
+    narrow = lambda v: v if v.dtype == np.int32 else v.astype(np.float32)
+    return Coefficients(**jax.tree.map(narrow, values))
 
   def _dpm_coefficients(self) -> dict[str, np.ndarray]:
     """Scalars of `dpm_step`; the last executed step (index 0) goes to x_0, where sigma is 0."""
@@ -104,22 +103,25 @@ class Process:
 
 @flax.struct.dataclass
 class Coefficients:
-  """Per-step scalars of a process, each [T] (or [] once indexed); float32 but for `timestep`."""
+  """Per-step scalars of a process, each [T] (or [] once indexed); float32 but for `timestep`.
 
-  timestep: Any  # int32: of the training process
-  sqrt_alpha: Any  # sqrt of the cumulative alpha
-  sqrt_one_minus_alpha: Any
-  sqrt_recip_alpha: Any
-  sqrt_recip_alpha_minus_one: Any
-  mean_x0: Any  # weight of x_0 in the posterior mean
-  mean_xt: Any  # weight of x_t in the posterior mean
-  min_log_variance: Any
-  max_log_variance: Any
-  noise: Any  # 0 at the last executed step (index 0), else 1
-  dpm_xt: Any  # of `dpm_step`: weight of x_t,
-  dpm_x0: Any  # of x_0,
-  dpm_noise: Any  # of the noise,
-  dpm_slope: Any  # and of the change of x_0 since the step before
+  They are numpy arrays until a program takes them.
+  """
+
+  timestep: jax.Array  # int32: of the training process
+  sqrt_alpha: jax.Array  # sqrt of the cumulative alpha
+  sqrt_one_minus_alpha: jax.Array
+  sqrt_recip_alpha: jax.Array
+  sqrt_recip_alpha_minus_one: jax.Array
+  mean_x0: jax.Array  # weight of x_0 in the posterior mean
+  mean_xt: jax.Array  # weight of x_t in the posterior mean
+  min_log_variance: jax.Array
+  max_log_variance: jax.Array
+  noise: jax.Array  # 0 at the last executed step (index 0), else 1
+  dpm_xt: jax.Array  # of `dpm_step`: weight of x_t,
+  dpm_x0: jax.Array  # of x_0,
+  dpm_noise: jax.Array  # of the noise,
+  dpm_slope: jax.Array  # and of the change of x_0 since the step before
 
   def at(self, index: jax.Array) -> Coefficients:
     """The scalars of one step, or one per token where `index` is an array."""

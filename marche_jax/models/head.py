@@ -6,11 +6,11 @@ Reference: `models/diffloss.py` of MAR, class SimpleMLPAdaLN.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marche_jax.config import ModelConfig
 
@@ -43,7 +43,7 @@ class ResBlock(nn.Module):
   """x + gate * MLP(modulated LayerNorm(x)); [n, w] -> [n, w]."""
 
   width: int
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
@@ -65,7 +65,7 @@ class Head(nn.Module):
   """(x_t, t, z) -> [eps, variance coefficient]; blocks are stacked along a leading axis."""
 
   config: ModelConfig
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
     width, c = self.config.diffloss_w, self.config.token_dim

@@ -3,7 +3,7 @@
 An encoder sees buffer tokens and the known tokens; a decoder sees the encoder's output at known
 positions and mask tokens elsewhere; its output z conditions the diffusion head of every token.
 
-Shapes: B images, S image tokens, N = buffer + S positions (buffer first), C token channels,
+Shapes: B images, S image tokens, N = buffer + S tokens (buffer first), C token channels,
 De / Dd encoder / decoder width, L layers. Layers of a stack share one set of parameters with a
 leading axis [L], so that compile time does not grow with depth.
 
@@ -13,16 +13,15 @@ Reference: `models/mar.py` of MAR; the transformer block is that of timm's ViT.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marche_jax.config import ModelConfig
 from marche_jax.models.head import LAYER_NORM_EPSILON, Head
-
-Params = Any
+from marche_jax.models.params import Params as Params
 
 _xavier = nn.initializers.xavier_uniform()
 _normal = nn.initializers.normal(0.02)
@@ -61,7 +60,7 @@ class Block(nn.Module):
   """Pre-norm transformer block, with attention and feed-forward callable apart.
 
   Decoding runs layer ranges with keys and values of a cache, so `qkv`, `attend` and `feed_forward`
-  are methods of their own; `__call__` is their composition over all positions, for training.
+  are methods of their own; `__call__` is their composition over all tokens, for training.
   """
 
   width: int
@@ -69,7 +68,7 @@ class Block(nn.Module):
   mlp_ratio: float
   attn_dropout: float = 0.0
   proj_dropout: float = 0.0
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_xavier)
@@ -141,7 +140,7 @@ class Block(nn.Module):
     return self.feed_forward(x, deterministic), None
 
 
-def make_block(config: ModelConfig, stack: str, dtype: Any = jnp.float32) -> Block:
+def make_block(config: ModelConfig, stack: str, dtype: DTypeLike = jnp.float32) -> Block:
   """One block of the 'encoder' or 'decoder', without dropout, for one layer's parameters."""
   return Block(
     getattr(config, f"{stack}_embed_dim"),
@@ -162,26 +161,25 @@ class MAR(nn.Module):
   """
 
   config: ModelConfig
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
   remat: bool = False
 
   def setup(self) -> None:
     c = self.config
-    positions = c.num_tokens
     dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_xavier)
     self.class_emb = nn.Embed(c.class_num, c.encoder_embed_dim, embedding_init=_normal)
     self.fake_latent = self.param("fake_latent", _normal, (1, c.encoder_embed_dim))
     self.z_proj = dense(c.encoder_embed_dim)
     self.z_proj_ln = _layer_norm(dtype=self.dtype)
     self.encoder_pos_embed_learned = self.param(
-      "encoder_pos_embed_learned", _normal, (1, positions, c.encoder_embed_dim)
+      "encoder_pos_embed_learned", _normal, (1, c.num_tokens, c.encoder_embed_dim)
     )
     self.encoder_blocks = self._stack("encoder")
     self.encoder_norm = _layer_norm(dtype=self.dtype)
     self.decoder_embed = dense(c.decoder_embed_dim)
     self.mask_token = self.param("mask_token", _normal, (1, 1, c.decoder_embed_dim))
     self.decoder_pos_embed_learned = self.param(
-      "decoder_pos_embed_learned", _normal, (1, positions, c.decoder_embed_dim)
+      "decoder_pos_embed_learned", _normal, (1, c.num_tokens, c.decoder_embed_dim)
     )
     self.decoder_blocks = self._stack("decoder")
     self.decoder_norm = _layer_norm(dtype=self.dtype)
@@ -222,7 +220,7 @@ class MAR(nn.Module):
 
     Args:
       tokens: [B, n, C].
-      positions: their places in raster order, int [B, n].
+      positions: of the image tokens, int [B, n].
       class_embedding: [B, De]; every buffer token starts as a copy of it.
 
     Returns:
@@ -245,11 +243,11 @@ class MAR(nn.Module):
     return self.z_proj_ln(x)
 
   def decoder_embedding(self, x: jax.Array) -> jax.Array:
-    """Encoder output before its norm [B, n, De] -> [B, n, Dd], positions not yet added."""
+    """Encoder output before its norm [B, n, De] -> [B, n, Dd], no position embedding added yet."""
     return self.decoder_embed(self.encoder_norm(x))
 
   def decoder_input(self, embedded: jax.Array, positions: jax.Array, valid: jax.Array) -> jax.Array:
-    """Puts known tokens at their places among mask tokens and adds positions.
+    """Puts known tokens at their positions among mask tokens and adds position embeddings.
 
     Args:
       embedded: [B, buffer + n, Dd] from `decoder_embedding`.
@@ -266,9 +264,9 @@ class MAR(nn.Module):
       (batch, c.num_tokens, c.decoder_embed_dim),
     )
     x = x.at[:, : c.buffer_size].set(embedded[:, : c.buffer_size])
-    places = jnp.where(valid, c.buffer_size + positions, x.shape[1])  # out of range: dropped
-    rows = jnp.arange(batch)[:, None]
-    x = x.at[rows, places].set(embedded[:, c.buffer_size :], mode="drop")
+    where = jnp.where(valid, c.buffer_size + positions, x.shape[1])  # out of range: dropped
+    images = jnp.arange(batch)[:, None]
+    x = x.at[images, where].set(embedded[:, c.buffer_size :], mode="drop")
     return x + self.decoder_pos_embed_learned.astype(self.dtype)
 
   def decoder_positions(self, positions: jax.Array) -> jax.Array:
@@ -290,7 +288,7 @@ class MAR(nn.Module):
     z = self.decoder_norm(x)
     return z + self.diffusion_pos_embed_learned[0][positions].astype(self.dtype)
 
-  def encode(
+  def forward_encoder(
     self,
     tokens: jax.Array,
     mask: jax.Array,
@@ -304,7 +302,7 @@ class MAR(nn.Module):
       tokens: [B, S, C].
       mask: [B, S], 1 where a token is unknown.
       class_embedding: [B, De].
-      slots: static number of places for visible tokens, at least the visible ones of any image.
+      slots: static number of slots for visible tokens, at least the visible ones of any image.
       deterministic: switches dropout off.
 
     Returns:
@@ -320,14 +318,14 @@ class MAR(nn.Module):
     x, _ = self.encoder_blocks(x, keys, deterministic)
     return self.encoder_norm(x), positions, valid
 
-  def decode(
+  def forward_decoder(
     self,
     encoded: jax.Array,
     positions: jax.Array,
     valid: jax.Array,
     deterministic: bool = True,
   ) -> jax.Array:
-    """Runs the decoder over all positions: what `encode` returned -> z [B, S, Dd]."""
+    """Runs the decoder over all tokens: what `forward_encoder` returned -> z [B, S, Dd]."""
     x = self.decoder_input(self.decoder_embed(encoded), positions, valid)
     x, _ = self.decoder_blocks(x, None, deterministic)
     seq_len = self.config.seq_len
@@ -350,8 +348,8 @@ class MAR(nn.Module):
     """
     embedding = self.class_embedding(labels, dropped)
     slots = self.config.seq_len if slots is None else slots
-    encoded, positions, valid = self.encode(tokens, mask, embedding, slots, deterministic)
-    return self.decode(encoded, positions, valid, deterministic)
+    encoded, positions, valid = self.forward_encoder(tokens, mask, embedding, slots, deterministic)
+    return self.forward_decoder(encoded, positions, valid, deterministic)
 
   def denoise(self, x: jax.Array, t: jax.Array, z: jax.Array) -> jax.Array:
     """The head: see `Head.__call__`."""
@@ -376,7 +374,7 @@ def abstract_params(config: ModelConfig) -> Params:
   return jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
 
 
-def inference_params(params: Params, dtype: Any) -> Params:
+def inference_params(params: Params, dtype: DTypeLike) -> Params:
   """Parameters stored as decoding with `dtype` and `head_dtype` both of this dtype uses them.
 
   The result of decoding is the same: norms, the timestep embedding and the head's last layer, which
@@ -384,7 +382,7 @@ def inference_params(params: Params, dtype: Any) -> Params:
   """
   float32 = ("norm", "z_proj_ln", "time_embed", "final_linear")
 
-  def cast(path: Any, x: jax.Array) -> jax.Array:
+  def cast(path: tuple[jax.tree_util.DictKey, ...], x: jax.Array) -> jax.Array:
     wide = any(name in key.key for key in path for name in float32)
     return x if wide else x.astype(dtype)
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from marche_jax.config import VAEConfig
-
-Params = Any
+from marche_jax.models.params import Params as Params
 
 IMAGE_CHANNELS = 3
 NORM_GROUPS = 32
@@ -30,12 +30,12 @@ NORM_EPSILON = 1e-6
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
 
 
-def _wide(dtype: Any) -> Any:
+def _wide(dtype: DTypeLike) -> np.dtype:
   """The dtype of norms, softmax and results under a compute dtype: float32 at least."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
-def _group_norm(dtype: Any, name: str) -> nn.GroupNorm:
+def _group_norm(dtype: DTypeLike, name: str) -> nn.GroupNorm:
   """Exact variance, in float32 even where the compute dtype is narrower: parity needs both."""
   return nn.GroupNorm(
     NORM_GROUPS, epsilon=NORM_EPSILON, use_fast_variance=False, dtype=_wide(dtype), name=name
@@ -76,7 +76,7 @@ class ResnetBlock(nn.Module):
   """x + conv(SiLU(norm(conv(SiLU(norm(x)))))); [B, h, w, c] -> [B, h, w, width]."""
 
   width: int
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -89,9 +89,9 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-  """Residual attention of one head over all places; [B, h, w, c] -> [B, h, w, c]."""
+  """Residual attention of one head over the feature map; [B, h, w, c] -> [B, h, w, c]."""
 
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,7 +108,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
   """Halves height and width; pads right and bottom only, as the reference does."""
 
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -119,7 +119,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
   """Doubles height and width by repeating, then a convolution."""
 
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -127,7 +127,7 @@ class Upsample(nn.Module):
     return nn.Conv(x.shape[-1], (3, 3), padding=1, dtype=self.dtype, name="conv")(x)
 
 
-def _middle(x: jax.Array, dtype: Any) -> jax.Array:
+def _middle(x: jax.Array, dtype: DTypeLike) -> jax.Array:
   """Block, attention, block; to be called within a compact method, whose module owns them."""
   x = ResnetBlock(x.shape[-1], dtype, name="mid_block_1")(x)
   x = AttentionBlock(dtype, name="mid_attn_1")(x)
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
   """Images [B, H, W, 3] -> features [B, h, w, 2 * z_channels]."""
 
   config: VAEConfig
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -163,7 +163,7 @@ class Decoder(nn.Module):
   """Features [B, h, w, z_channels] -> images [B, H, W, 3]."""
 
   config: VAEConfig
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -189,7 +189,7 @@ class AutoencoderKL(nn.Module):
   """
 
   config: VAEConfig
-  dtype: Any = jnp.float32
+  dtype: DTypeLike = jnp.float32
 
   def setup(self) -> None:
     c = self.config
@@ -231,20 +231,20 @@ class AutoencoderKL(nn.Module):
 
 
 def encode(
-  config: VAEConfig, params: Params, images: jax.Array, dtype: Any = jnp.float32
+  config: VAEConfig, params: Params, images: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> Posterior:
   """`AutoencoderKL.encode` as a pure function."""
   model = AutoencoderKL(config, dtype)
-  posterior: Any = model.apply({"params": params}, images, method="encode")
+  posterior: Posterior = model.apply({"params": params}, images, method="encode")
   return posterior
 
 
 def decode(
-  config: VAEConfig, params: Params, latents: jax.Array, dtype: Any = jnp.float32
+  config: VAEConfig, params: Params, latents: jax.Array, dtype: DTypeLike = jnp.float32
 ) -> jax.Array:
   """`AutoencoderKL.decode` as a pure function."""
   model = AutoencoderKL(config, dtype)
-  images: Any = model.apply({"params": params}, latents, method="decode")
+  images: jax.Array = model.apply({"params": params}, latents, method="decode")
   return images
 
 

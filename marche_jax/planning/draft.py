@@ -10,7 +10,7 @@ import numpy as np
 
 from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig, SampleConfig
 from marche_jax.models.diffusion import log_snr_timesteps, make_process, respaced_timesteps
-from marche_jax.planning.grouping import group_shapes
+from marche_jax.planning.grouping import MAX_PADDING, group_shapes
 from marche_jax.planning.plan import DecodePlan, Row
 from marche_jax.planning.shapes import HeadShape, StackShape, StepShape
 
@@ -152,8 +152,12 @@ def make_iterations(
   ]
 
 
-def build(draft: Draft) -> DecodePlan:
+def build(draft: Draft, max_padding: float = MAX_PADDING) -> DecodePlan:
   """Groups the iterations of a draft into step shapes.
+
+  Args:
+    draft: as policies left it.
+    max_padding: see `grouping.group_shapes`.
 
   Raises:
     ValueError: where an iteration would need what none before it leaves behind.
@@ -165,7 +169,7 @@ def build(draft: Draft) -> DecodePlan:
     _exact_shape(draft, iteration, difference, carried_layer)
     for iteration, difference in zip(iterations, _differences(draft))
   ]
-  shapes = group_shapes(draft.config, exact, [len(i.timesteps) for i in iterations])
+  shapes = group_shapes(draft.config, exact, [len(i.timesteps) for i in iterations], max_padding)
   distinct = tuple(dict.fromkeys(shapes))
   tables = dict.fromkeys(i.timesteps for i in iterations)
   tables |= dict.fromkeys(i.detail_timesteps for i in iterations if i.num_detail)

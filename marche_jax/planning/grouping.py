@@ -26,17 +26,19 @@ def group_shapes(
   config: ModelConfig,
   exact: Sequence[StepShape],
   diffusion_steps: Sequence[int],
+  max_padding: float = MAX_PADDING,
 ) -> list[StepShape]:
   """Padded shapes of all rows: as few distinct ones as the bounds on padding allow.
 
   Rows of one kind, in their order, are cut into runs that share a shape. The cut of least work into
   a number of runs is found by dynamic programming; the kind that gains most gets another run until
-  encoder and head are padded by at most `MAX_PADDING`, or there are `MAX_STEP_SHAPES`.
+  encoder and head are padded by at most `max_padding`, or there are `MAX_STEP_SHAPES`.
 
   Args:
     config: sizes.
     exact: unpadded shape of every row.
     diffusion_steps: of every row.
+    max_padding: padded over exact tokens, in encoder and head.
   """
   kinds: dict[StepShape, list[int]] = {}
   for k, shape in enumerate(exact):
@@ -49,7 +51,7 @@ def group_shapes(
     for rows, split, count in zip(kinds.values(), splits, counts):
       for k, shape in zip(rows, split[count - 1][1]):
         grouped[k] = shape
-    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact) <= MAX_PADDING:
+    if sum(counts) >= MAX_STEP_SHAPES or _padding(config, grouped, exact) <= max_padding:
       return grouped
     gains = [
       split[count - 1][0] - split[count][0] if count < len(split) else -1.0

@@ -15,15 +15,15 @@ ones too."""
 class CachedSteps:
   """The head's schedule over T diffusion steps, indexed as the tables: 0 is the last executed.
 
-  The first executed step and every multiple of 7 are full. The others run the conditional half
-  alone: the difference of the halves' eps is that of the last full step; the residual of the inner
+  The first executed one and every multiple of 7 are full. The others run the conditional half
+  alone: the difference of the halves' eps is that of the last full one; the residual of the inner
   blocks is stored; the first and the last block (`kept`) add their stored output under a fresh
-  gate, and are computed anew above 90% of the steps.
+  gate, and are computed anew above 90% of T.
   """
 
-  starts: tuple[int, ...]  # indices of the full steps, descending
-  lengths: tuple[int, ...]  # cached steps that follow each
-  recomputed: tuple[bool, ...]  # by index: a cached step that runs the kept blocks
+  starts: tuple[int, ...]  # indices of the full ones, descending
+  lengths: tuple[int, ...]  # cached ones that follow each
+  recomputed: tuple[bool, ...]  # by index: a cached one that runs the kept blocks
   kept: tuple[int, ...]  # the first and the last block
 
   @classmethod

@@ -10,15 +10,14 @@ little but k.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import grain
 import numpy as np
 from absl import flags
 
 from marche_jax.config import ModelConfig
-from marche_jax.training.sources import Source, image_channels
+from marche_jax.training.sources import Record, Source, image_channels
 
 
 class BatchIterator(Iterator[dict[str, np.ndarray]]):
@@ -38,11 +37,13 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     self.batches_per_epoch = len(source) // batch_size
     self._num_workers = num_workers
     self._batches = 0
-    self._iterator: Any = None  # started by the first batch, from `_batches` on
+    self._iterator: grain.DatasetIterator[dict[str, np.ndarray]] | None = (
+      None  # started by the first batch, from `_batches` on
+    )
     records = grain.MapDataset.range(len(source)).seed(seed).shuffle()
     self._dataset = records.random_map(_Load(source, flip)).batch(batch_size, drop_remainder=True)
 
-  def _start(self) -> Any:
+  def _start(self) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     stream = self._dataset.repeat()[self._batches :]
     if self._num_workers == 0:
       return iter(stream.map(_finish).to_iter_dataset(grain.ReadOptions(2, 2)))
@@ -61,11 +62,11 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     self._batches += 1
     return batch
 
-  def get_state(self) -> dict[str, Any]:
+  def get_state(self) -> dict[str, int]:
     """Where the stream is, as JSON values."""
     return {"batches": self._batches, **self._identity}
 
-  def set_state(self, state: dict[str, Any]) -> None:
+  def set_state(self, state: Mapping[str, object]) -> None:
     """Continues where the iterator that gave `state` was.
 
     Raises:
@@ -118,8 +119,9 @@ def make_iterator(
   expected = {"image": (model.img_size, model.img_size, image_channels(model)),
               "moments": (2 * channels, height, width)}  # fmt: skip
   name = "image" if "image" in record else "moments"
-  if record[name].shape != expected[name]:
-    raise ValueError(f"{name}: expected {expected[name]}, found {record[name].shape}")
+  found = (record["image"] if "image" in record else record["moments"]).shape
+  if found != expected[name]:
+    raise ValueError(f"{name}: expected {expected[name]}, found {found}")
   return BatchIterator(source, batch_size, seed, flip, num_workers)
 
 
@@ -129,7 +131,7 @@ class _Load:
   def __init__(self, source: Source, flip: bool) -> None:
     self._source, self._flip = source, flip
 
-  def __call__(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+  def __call__(self, index: int, rng: np.random.Generator) -> Record:
     mirror = self._flip and rng.random() < 0.5
     return self._source.mirrored(index) if mirror else self._source[index]
 

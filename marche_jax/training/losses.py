@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from marche_jax.config import NUM_TRAIN_TIMESTEPS, ModelConfig
 from marche_jax.models import diffusion
 from marche_jax.models.mar import MAR
+from marche_jax.models.params import Params
 
 MASK_RATIO_STD = 0.25
 
@@ -53,14 +54,14 @@ def draw(key: jax.Array, config: ModelConfig, batch_size: int) -> Draws:
 
 
 def training_loss(
-  params: Any,
+  params: Params,
   config: ModelConfig,
   tokens: jax.Array,
   labels: jax.Array,
   draws: Draws,
   *,
   dropout_key: jax.Array | None = None,
-  dtype: Any = jnp.float32,
+  dtype: DTypeLike = jnp.float32,
   remat: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Loss per masked token: mean squared error of eps plus the variational bound.

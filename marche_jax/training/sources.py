@@ -16,7 +16,7 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO, Required, TypedDict
 
 import numpy as np
 from absl import logging
@@ -33,12 +33,18 @@ _MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
 _CHUNK = 1 << 20  # bytes read at once: a header that promises too much costs no memory
 
 
-class Source(abc.ABC):
-  """Random access to labelled records.
+class Record(TypedDict, total=False):
+  """A labelled image, or the moments of its latents."""
 
-  A record is `{'image': uint8 [height, width, channels], 'label': int}` or, of latents,
-  `{'moments': float32 [2 * channels, height, width], 'label': int}`. A source that is to be read by
-  loader processes can be pickled.
+  image: np.ndarray  # uint8 [height, width, channels]
+  moments: np.ndarray  # float32 [2 * channels, height, width]
+  label: Required[int]
+
+
+class Source(abc.ABC):
+  """Random access to labelled records, of one of the two kinds.
+
+  A source that is to be read by loader processes can be pickled.
   """
 
   labels: np.ndarray
@@ -48,13 +54,13 @@ class Source(abc.ABC):
     return len(self.labels)
 
   @abc.abstractmethod
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Record:
     """Record `index`, in [0, len)."""
 
-  def mirrored(self, index: int) -> dict[str, Any]:
+  def mirrored(self, index: int) -> Record:
     """The same record, flipped left to right."""
     record = self[index]
-    return record | {"image": record["image"][:, ::-1]}
+    return {"image": record["image"][:, ::-1], "label": record["label"]}
 
 
 class IdxSource(Source):
@@ -71,7 +77,7 @@ class IdxSource(Source):
              f"{len(self.images)}, as many as images in {image_file.name}")  # fmt: skip
     self.labels = _check_labels(label_file, labels, model)
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Record:
     return {"image": self.images[index], "label": int(self.labels[index])}
 
 
@@ -127,7 +133,7 @@ class FolderSource(Source):
         errors.append(error)
     return errors
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
+  def __getitem__(self, index: int) -> Record:
     image = center_crop(_decode(self.paths[index], self._channels), self._size)
     pixels = np.asarray(image).reshape(self._size, self._size, self._channels)
     return {"image": pixels, "label": int(self.labels[index])}
@@ -149,12 +155,12 @@ class LatentSource(Source):
                        "(model.vae_stride=1)")  # fmt: skip
     channels, height, width = model.latent_shape
     shape = (2 * channels, height, width)
-    self._moments = _map_moments(directory / "moments.npy", shape)
+    self.moments = _map_moments(directory / "moments.npy", shape)
     label_file, flip_file = directory / "labels.npy", directory / "moments_flip.npy"
     labels = _map_array(label_file)
-    one_each = labels.dtype.kind in "iu" and labels.shape == self._moments.shape[:1]
+    one_each = labels.dtype.kind in "iu" and labels.shape == self.moments.shape[:1]
     _require(one_each, label_file, f"{labels.dtype} {list(labels.shape)}",
-             f"integers [{len(self._moments)}]")  # fmt: skip
+             f"integers [{len(self.moments)}]")  # fmt: skip
     self.labels = _check_labels(label_file, labels, model)
     self._flipped = None
     if flip and not flip_file.exists():
@@ -165,16 +171,16 @@ class LatentSource(Source):
       _require(len(self._flipped) == len(self.labels), flip_file, f"{len(self._flipped)} records",
                f"{len(self.labels)}, as in moments.npy")  # fmt: skip
 
-  def __reduce__(self) -> tuple[Any, ...]:
+  def __reduce__(self) -> tuple[type[LatentSource], tuple[pathlib.Path, bool, ModelConfig]]:
     return LatentSource, self._arguments  # a pickled memory map would be the whole file
 
-  def _record(self, moments: np.ndarray, index: int) -> dict[str, Any]:
+  def _record(self, moments: np.ndarray, index: int) -> Record:
     return {"moments": moments[index].astype(np.float32), "label": int(self.labels[index])}
 
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self._record(self._moments, index)
+  def __getitem__(self, index: int) -> Record:
+    return self._record(self.moments, index)
 
-  def mirrored(self, index: int) -> dict[str, Any]:
+  def mirrored(self, index: int) -> Record:
     """The moments of the mirrored image."""
     if self._flipped is None:
       raise ValueError("flip=True: this source was opened with data.flip=False")

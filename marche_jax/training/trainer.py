@@ -16,8 +16,8 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TypeAlias, Union
 
 import flax.struct
 import jax
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from marche_jax.config import Config, ModelConfig, TrainConfig
 from marche_jax.files import atomic_write
 from marche_jax.models import mar, vae
+from marche_jax.models.params import Leaf, Params
 from marche_jax.training import data as data_lib
 from marche_jax.training import losses, sources
 
@@ -39,27 +40,31 @@ STACKED = ("encoder_blocks", "decoder_blocks")
 METRICS = ("step", "epoch", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second")
 
 
+Mask: TypeAlias = Mapping[str, Union[bool, "Mask"]]
+"""Whether something acts on a parameter, with the structure of the parameters."""
+
+
 @flax.struct.dataclass
 class TrainState:
   """What one update maps to the next."""
 
   step: jax.Array  # int32: updates done
-  params: Any  # float32
-  ema: Any  # float32, like params
-  opt_state: Any
+  params: Params  # float32
+  ema: Params  # float32, like params
+  opt_state: optax.OptState
 
 
 class NonFiniteLossError(ValueError):
   """The loss or its gradient became NaN or infinite."""
 
 
-def decay_mask(params: Any) -> Any:
+def decay_mask(params: Params) -> Mask:
   """True where weight decay acts: not on biases, 1-D parameters and the head.
 
   Stacked layers count by the rank of one layer's parameter (reference: `add_weight_decay`).
   """
 
-  def decays(path: Any, leaf: Any) -> bool:
+  def decays(path: tuple[jax.tree_util.DictKey, ...], leaf: Leaf) -> bool:
     names = [entry.key for entry in path]
     rank = leaf.ndim - (names[0] in STACKED)
     return rank > 1 and names[-1] != "bias" and names[0] != "head"
@@ -143,12 +148,12 @@ def update(
 class MetricsWriter:
   """Appends metrics to `metrics.csv` and, where tensorboardX is installed, to TensorBoard."""
 
-  def __init__(self, workdir: pathlib.Path, first_step: int) -> None:
+  def __init__(self, workdir: pathlib.Path, first_update: int) -> None:
     self._path = workdir / "metrics.csv"
     rows = []
     if self._path.exists():  # drop what a killed run logged after its last checkpoint
       with self._path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_update]
     with atomic_write(self._path) as aside, aside.open("w", newline="") as file:
       writer = csv.DictWriter(file, METRICS)
       writer.writeheader()
@@ -159,7 +164,7 @@ class MetricsWriter:
       logging.warning("no TensorBoard events: pip install 'marche_jax[train]' brings tensorboardX")
       self._board = None
     else:
-      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+      self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_update + 1)
 
   def write(self, row: dict[str, float]) -> None:
     """Writes one row of `METRICS`."""
@@ -180,14 +185,14 @@ class MetricsWriter:
 def train(
   config: Config,
   workdir: str | os.PathLike[str],
-  on_sample: Callable[[Any, int], None] | None = None,
+  on_sample: Callable[[Params, int], None] | None = None,
 ) -> TrainState:
   """Trains from the last checkpoint in `workdir`, or from the start, to the last epoch.
 
   Args:
     config: of the run.
     workdir: takes `checkpoints/`, `metrics.csv` and `tensorboard/`.
-    on_sample: called with (EMA parameters, step) every `train.sample_every` updates.
+    on_sample: called with (EMA parameters, updates done) every `train.sample_every` updates.
 
   Returns:
     The final state.
@@ -239,7 +244,7 @@ def train(
       state = restored["state"]
       batches.set_state(restored["data"])
       logging.info("resumed from update %d", latest)
-    step_fn = jax.jit(
+    run_update = jax.jit(
       functools.partial(update, config=config, optimizer=optimizer),
       donate_argnums=0,
       out_shardings=(replicated, replicated),
@@ -270,7 +275,7 @@ def train(
     bar = tqdm(range(start, total), initial=start, total=total, desc="train", unit="update")
     for i in bar:
       batch = jax.device_put(next(batches), sharded)
-      state, metrics = step_fn(state, batch)
+      state, metrics = run_update(state, batch)
       pending.append((i + 1, metrics))
       done = i + 1
       at_checkpoint = done % t.checkpoint_every == 0 or done == total
@@ -297,7 +302,7 @@ def train(
     return state
 
 
-def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Any, int]:
+def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Params, int]:
   """The EMA parameters (numpy, float32) of the last checkpoint in `workdir`, and its update.
 
   Nothing else of the checkpoint is read, and nothing is written.

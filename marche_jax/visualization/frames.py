@@ -1,17 +1,18 @@
 """Drawing what decoding did: maps of tokens, images half done, and a picture of both.
 
-Pure functions of arrays, in numpy and Pillow; `trace.py` says what is drawn. N positions by rank
-(buffer first, see `cache.py`), S image tokens; a map has [rows, columns] cells of `cell` pixels
-each way.
+Pure functions of arrays, in numpy and Pillow; `trace.py` says what is drawn. N tokens by rank
+(buffer first, see `cache.py`), S of them of the image; a map has [rows, columns] cells of `cell`
+pixels each way.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
@@ -42,7 +43,7 @@ LEGEND = (  # words, colour, hatched, framed
 MARGIN, GAP, SWATCH = 16, 28, 18
 TITLE, TEXT = 18, 13
 HEADING = 2 * TEXT + 14  # of a panel: two lines
-COLUMN = 310  # least width of a map's place, enough for its lines: all frames have one size
+COLUMN = 310  # least width for a map, enough for its lines: all frames have one size
 
 
 class Panel(NamedTuple):
@@ -53,22 +54,22 @@ class Panel(NamedTuple):
   pixels: np.ndarray  # uint8 [height, width, 3]
 
 
-def cell_positions(place: np.ndarray, buffer: int) -> np.ndarray:
-  """Position by rank (buffer first) of every cell of a map, int [rows, columns]; -1: no token.
+def cell_ranks(position: np.ndarray, buffer: int) -> np.ndarray:
+  """Rank (buffer first) of the token of every cell of a map, int [rows, columns]; -1: no token.
 
   The buffer tokens fill columns of their own from the left, then come an empty one and the grid.
 
   Args:
-    place: int [S], where in the grid, in raster order, the token of a rank is.
+    position: int [S] by rank, where in the grid, in raster order, a token is.
     buffer: number of buffer tokens.
   """
-  side = math.isqrt(len(place))
+  side = math.isqrt(len(position))
   columns = -(-buffer // side)
   strip = np.full((columns, side), -1)
   for column, part in zip(strip, np.array_split(np.arange(buffer), columns)):
     column[: len(part)] = part
   grid = np.empty(side * side, int)
-  grid[place] = buffer + np.arange(len(place))
+  grid[position] = buffer + np.arange(len(position))
   empty = np.full((side, 1), -1)
   return np.concatenate([strip.T, empty, grid.reshape(side, side)], axis=1)
 
@@ -96,8 +97,8 @@ def score_colours(scores: np.ndarray, activity: np.ndarray) -> np.ndarray:
   found = scores[compared]
   if found.size and found.max() > found.min():
     level = np.sqrt((found - found.min()) / (found.max() - found.min()))
-    steps = np.linspace(0, 1, len(HEAT))
-    colours[compared] = np.stack([np.interp(level, steps, channel) for channel in HEAT.T], axis=-1)
+    stops = np.linspace(0, 1, len(HEAT))
+    colours[compared] = np.stack([np.interp(level, stops, channel) for channel in HEAT.T], axis=-1)
   return colours
 
 
@@ -107,7 +108,12 @@ def enlarge(pixels: np.ndarray, scale: int) -> np.ndarray:
 
 
 def mark(
-  canvas: np.ndarray, cell: int, hatched: np.ndarray, framed: np.ndarray, colour: Any, gap: int = 0
+  canvas: np.ndarray,
+  cell: int,
+  hatched: np.ndarray,
+  framed: np.ndarray,
+  colour: ArrayLike,
+  gap: int = 0,
 ) -> np.ndarray:
   """Hatches and frames cells of a picture.
 
@@ -155,7 +161,7 @@ def token_map(
 
   Args:
     colours: uint8 [N, 3].
-    cells: of `cell_positions`.
+    cells: of `cell_ranks`.
     hatched, framed: bool [N].
     cell: pixels of a cell, each way.
   """
@@ -191,18 +197,18 @@ def compose(
   canvas = Image.new("RGB", (right, legend + SWATCH + MARGIN), PAPER)
   draw = ImageDraw.Draw(canvas)
 
-  def place(panel: Panel, x: int, y: int) -> None:
+  def paste(panel: Panel, x: int, y: int) -> None:
     draw.text((x, y), panel.heading, INK, small)
     draw.text((x, y + TEXT + 4), panel.detail, FAINT, small)
     canvas.paste(Image.fromarray(panel.pixels), (x, y + HEADING))
 
   draw.text((MARGIN, MARGIN // 2), title, INK, large)
   draw.text((MARGIN, MARGIN // 2 + TITLE + 8), detail, INK, small)
-  place(image, MARGIN, top)
+  paste(image, MARGIN, top)
   y = top
   for row, height in zip(panels, tall):
     for number, panel in enumerate(row):
-      place(panel, left + number * (column + GAP), y)
+      paste(panel, left + number * (column + GAP), y)
     y += HEADING + height + MARGIN
   x, one = MARGIN, np.ones((1, 1), bool)
   for (name, colour, hatched, framed), width in zip(LEGEND, widths):
@@ -224,8 +230,8 @@ def palette(image: np.ndarray) -> Image.Image:
     An image for `PIL.Image.Image.quantize(palette=...)`.
   """
   grey = np.linspace(0, 255, 16)[:, None].repeat(3, 1)
-  steps = np.linspace(0, len(HEAT) - 1, 32)
-  heat = np.stack([np.interp(steps, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
+  levels = np.linspace(0, len(HEAT) - 1, 32)
+  heat = np.stack([np.interp(levels, range(len(HEAT)), channel) for channel in HEAT.T], axis=-1)
   fixed = np.concatenate([COLOURS, [MASKED, STRIPE, INK, FAINT], grey, heat]).astype(np.uint8)
   colour = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
   free = 256 - len(fixed)

@@ -6,20 +6,26 @@ matplotlib is imported where a chart is drawn, and not before: it is an optional
 from __future__ import annotations
 
 import pathlib
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from marche_jax.benchmarking.reports import QualityReport, SpeedReport
 from marche_jax.files import atomic_write
 from marche_jax.images import GAP, grid
+
+if TYPE_CHECKING:
+  from matplotlib.axes import Axes
+  from matplotlib.figure import Figure
 
 DPI = 150
 INK, MUTED, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 
 
-def require_matplotlib() -> Any:
+def require_matplotlib() -> types.ModuleType:
   """matplotlib, without a display.
 
   Raises:
@@ -39,7 +45,7 @@ MOST_NAMES = 14
 """Points of a plane that are all named; texts of more would cover each other."""
 
 
-def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
+def plot_plane(path: pathlib.Path, report: QualityReport) -> None:
   """The plane of speed and quality: speed-up against Fréchet distance, one point per policy.
 
   Bars are 95% intervals, colours the share that the classifier recognises; the line is the Pareto
@@ -47,7 +53,7 @@ def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
 
   Args:
     path: PNG file to write.
-    report: of `comparison.report`, with `on_front`.
+    report: with quality and `on_front`.
 
   Raises:
     ImportError: where matplotlib is missing.
@@ -55,12 +61,13 @@ def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
   """
   matplotlib = require_matplotlib()
   found = report["policies"]
-  if any(policy["quality"] is None for policy in found.values()):
+  judged = [policy["quality"] for policy in found.values() if policy["quality"] is not None]
+  if len(judged) < len(found):
     raise ValueError("the plane of speed and quality: expected images that can be judged")
   x = np.array([policy["speedup"] for policy in found.values()])
-  y = np.array([policy["quality"]["frechet"] for policy in found.values()])
-  bounds = np.array([policy["quality"]["frechet_interval"] for policy in found.values()])
-  share = np.array([policy["quality"]["recognised"] for policy in found.values()])
+  y = np.array([quality["frechet"] for quality in judged])
+  bounds = np.array([quality["frechet_interval"] for quality in judged])
+  share = np.array([quality["recognised"] for quality in judged])
   front = np.array([policy["on_front"] for policy in found.values()])
 
   figure = matplotlib.figure.Figure(figsize=(8, 5.2), layout="constrained")
@@ -94,7 +101,7 @@ def plot_plane(path: pathlib.Path, report: dict[str, Any]) -> None:
   _save(figure, path)
 
 
-def named(report: dict[str, Any]) -> dict[int, str]:
+def named(report: QualityReport) -> dict[int, str]:
   """Numbers and names of the policies that `plot_plane` names: of many, baseline and front only."""
   found = report["policies"]
   return {
@@ -106,12 +113,12 @@ def named(report: dict[str, Any]) -> dict[int, str]:
 PARTS = {"encoder": "#3b6fb6", "decoder": "#88b3dd", "head": "#e8a33d", "other": "#bdbdbd"}
 
 
-def plot_speed(path: pathlib.Path, report: dict[str, Any]) -> None:
+def plot_speed(path: pathlib.Path, report: SpeedReport) -> None:
   """A bar per policy: seconds per image of encoder, decoder, head and other, and the speed-up.
 
   Args:
     path: PNG file to write.
-    report: of `speed.compare`, with `name`.
+    report: of the speeds.
 
   Raises:
     ImportError: where matplotlib is missing.
@@ -122,24 +129,25 @@ def plot_speed(path: pathlib.Path, report: dict[str, Any]) -> None:
   axes = figure.subplots()
   _plain(axes)
   axes.grid(axis="y", visible=False)
-  places = range(len(policies))
+  bars = range(len(policies))
   ends = np.zeros(len(policies))
-  if all(p["split_seconds"] is not None for p in policies.values()):
+  splits = [p["split_seconds"] for p in policies.values() if p["split_seconds"] is not None]
+  if len(splits) == len(policies):
     for part, colour in PARTS.items():
       # What is left of the whole may be slightly negative: nothing to be seen.
-      width = np.array([max(0.0, p["split_seconds"][part]) for p in policies.values()])
-      axes.barh(places, width, 0.66, left=ends, color=colour, edgecolor="white", label=part)
+      width = np.array([max(0.0, split[part]) for split in splits])
+      axes.barh(bars, width, 0.66, left=ends, color=colour, edgecolor="white", label=part)
       ends += width
     figure.legend(loc="outside upper left", ncols=len(PARTS), frameon=False, labelcolor=INK,
                   fontsize=9)  # fmt: skip
   else:
     ends = np.array([p["seconds_per_image"]["typical"] for p in policies.values()])
-    axes.barh(places, ends, 0.66, color=PARTS["encoder"])
-  for place, end, p in zip(places, ends, policies.values()):
+    axes.barh(bars, ends, 0.66, color=PARTS["encoder"])
+  for bar, end, p in zip(bars, ends, policies.values()):
     text = f"{p['seconds_per_image']['typical']:.3g} s, {p['speedup']:.2f}x"
-    axes.annotate(text, (end, place), (6, 0), textcoords="offset points", va="center", fontsize=9,
+    axes.annotate(text, (end, bar), (6, 0), textcoords="offset points", va="center", fontsize=9,
                   color=INK)  # fmt: skip
-  axes.set_yticks(places, list(policies), color=INK)
+  axes.set_yticks(bars, list(policies), color=INK)
   axes.invert_yaxis()
   axes.set_xlim(0, 1.2 * ends.max())
   axes.set_xlabel("seconds per image" + (", estimated" if report["estimated"] else ""), color=MUTED)
@@ -151,7 +159,7 @@ def plot_speed(path: pathlib.Path, report: dict[str, Any]) -> None:
   _save(figure, path)
 
 
-def _plain(axes: Any) -> None:
+def _plain(axes: Axes) -> None:
   """No frame; a faint grid behind."""
   for side in ("top", "right", "left", "bottom"):
     axes.spines[side].set_visible(False)
@@ -161,7 +169,12 @@ def _plain(axes: Any) -> None:
 
 
 def _label(
-  figure: Any, axes: Any, x: np.ndarray, y: np.ndarray, bounds: np.ndarray, names: dict[int, str]
+  figure: Figure,
+  axes: Axes,
+  x: np.ndarray,
+  y: np.ndarray,
+  bounds: np.ndarray,
+  names: dict[int, str],
 ) -> None:
   """Names some points, each at the nearest place where its text covers no point, bar or text."""
   figure.draw_without_rendering()  # lays the axes out
@@ -184,7 +197,7 @@ def _label(
     taken.append((left, bottom, left + width, bottom + height))
     away = max(left - px, px - left - width, bottom - py, py - bottom - height) > 12
     axes.annotate(
-      name, axes.transData.inverted().transform((px * pixels, py * pixels)),
+      name, tuple(axes.transData.inverted().transform((px * pixels, py * pixels))),
       xytext=(left - px, bottom - py), textcoords="offset points", va="bottom", fontsize=9,
       arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6} if away else None,
       color=INK, zorder=4,
@@ -223,7 +236,7 @@ def _overlap(a: Box, b: Box) -> float:
   return max(width, 0.0) * max(height, 0.0)
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def _save(figure: Figure, path: pathlib.Path) -> None:
   with atomic_write(path) as aside:
     figure.savefig(aside, format="png", dpi=DPI, facecolor="white")
 

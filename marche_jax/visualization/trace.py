@@ -14,18 +14,18 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from marche_jax.config import SampleConfig
-from marche_jax.decoding import generation, sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.activity import REFRESHED, UNSEEN, Activity
+from marche_jax.decoding.generation import RunSettings
+from marche_jax.decoding.pixels import to_images
+from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.decoding.recording import Trace
 from marche_jax.decoding.state import Inputs
 from marche_jax.files import atomic_write
@@ -33,6 +33,7 @@ from marche_jax.models.mar import Params, inference_params, unpatchify
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan
 from marche_jax.planning.shapes import StackShape
+from marche_jax.progress import image_bar
 from marche_jax.visualization import frames
 from marche_jax.weights.checkpoint import Model
 
@@ -56,7 +57,7 @@ class Recording:
 
   image_id: int
   label: int
-  place: np.ndarray  # int [S]: where in the grid, in raster order, the token of a rank is
+  position: np.ndarray  # int [S] by rank: where in the grid, in raster order, a token is
   tokens: np.ndarray  # float32 [R, S, C] after each iteration, zero where unknown
   activity: np.ndarray  # int32 [R, 2, N]: codes of `recording.Trace`, of encoder and decoder
   scores: np.ndarray  # float32 [R, 2, N]
@@ -101,10 +102,8 @@ def record(
   plan: DecodePlan,
   image_ids: Sequence[int],
   labels: np.ndarray,
-  *,
-  seed: int,
-  dtype: Any = jnp.float32,
-  progress: Callable[[int], Any] | None = None,
+  settings: RunSettings,
+  progress: Callable[[float], object] = lambda share: None,
 ) -> list[Recording]:
   """Decodes a batch of images and records it.
 
@@ -113,58 +112,54 @@ def record(
     plan: of the run.
     image_ids: numbers of the images [B].
     labels: their classes, int [B].
-    seed, dtype: of the run.
-    progress: is told how many iterations were just done.
+    settings: of the run, but for the size of the batch.
+    progress: is told the share of the iterations that was just done.
 
   Raises:
     NonFiniteLatentsError: names the iteration.
   """
   ids = jnp.asarray(image_ids, jnp.uint32)
-  keys = state_lib.image_keys(state_lib.run_key(seed), ids)
-  state = generation.PlanRunner(plan, dtype=dtype).start(keys)
-  place = np.asarray(state.by_rank)
-  rows, tables = state_lib.plan_rows(plan)
+  keys = state_lib.image_keys(state_lib.run_key(settings.seed), ids)
+  dtype = settings.dtype
+  runner = PlanRunner(plan, dtype=dtype, head_dtype=dtype, chunk=CHUNK, trace=True)
+  state = runner.start(keys)
+  position = np.asarray(state.by_rank)
   parts: list[Trace] = []
-  done = 0
-  for end, chunk in state_lib.chunks(rows, min(CHUNK, len(plan.rows))):
-    state, finite, trace = sampler.jitted_decode(
-      params, state, chunk, tables, Inputs(labels, keys), config=plan.config,
-      step_shapes=plan.step_shapes, dtype=dtype, head_dtype=dtype, trace=True,
-    )  # fmt: skip
-    new = end - done
-    if (bad := ~np.asarray(finite)[:new].all(axis=1)).any():
-      raise generation.NonFiniteLatentsError(
-        f"trace: non-finite latents at iteration {done + bad.argmax()} of {len(plan.rows)}"
-      )
-    trace = dataclasses.replace(trace, z=None)  # large, and not shown
-    parts.append(jax.tree.map(lambda x, n=new: np.asarray(x[:n]), trace))
-    if progress is not None:
-      progress(new)
-    done = end
+  for chunk in runner.run(params, state, Inputs(labels, keys)):
+    assert chunk.trace is not None
+    shown = dataclasses.replace(chunk.trace, z=None)  # z is large, and not shown
+    parts.append(jax.tree.map(np.asarray, shown))
+    progress((chunk.end - chunk.start) / len(plan.rows))
   trace = jax.tree.map(lambda *x: np.concatenate(x), *parts)
   tokens = trace.sampled.cumsum(axis=0)  # every token is sampled once, and zero otherwise
   return [
     Recording(
-      number, int(labels[b]), place[b], tokens[:, b], trace.activity[:, :, b], trace.scores[:, :, b]
+      number,
+      int(labels[b]),
+      position[b],
+      tokens[:, b],
+      trace.activity[:, :, b],
+      trace.scores[:, :, b],
     )
     for b, number in enumerate(image_ids)
   ]
 
 
-def counts(plan: DecodePlan, recording: Recording, k: int) -> dict[str, Any]:
+def by_code(activity: np.ndarray) -> dict[str, int]:
+  """How many tokens have which activity, by its name in small letters."""
+  return {code.name.lower(): int((activity == code).sum()) for code in reversed(Activity)}
+
+
+def counts(plan: DecodePlan, recording: Recording, k: int) -> dict[str, object]:
   """What `trace.json` says of an iteration: how many tokens were what, to either stack."""
   row = plan.rows[k]
-  result: dict[str, Any] = {
+  return {
     "iteration": k,
     "cfg": row.cfg,
     "diffusion_steps": plan.diffusion_steps(row),
     "masked": plan.config.seq_len - row.num_known - row.num_predict,
+    **{stack: by_code(activity) for stack, activity in zip(STACKS, recording.activity[k])},
   }
-  for stack, activity in zip(STACKS, recording.activity[k]):
-    result[stack] = {
-      code.name.lower(): int((activity == code).sum()) for code in reversed(Activity)
-    }
-  return result
 
 
 def chosen_by(shape: StackShape) -> str:
@@ -193,9 +188,9 @@ def maps(
   row, name, buffer = plan.rows[k], STACKS[stack], plan.config.buffer_size
   shape: StackShape = getattr(plan.step_shapes[row.shape_id], name)
   activity, scores = recording.activity[k, stack], recording.scores[k, stack]
-  cells = frames.cell_positions(recording.place, buffer)
+  cells = frames.cell_ranks(recording.position, buffer)
   masked = np.arange(len(activity)) >= buffer + row.num_known + row.num_predict
-  number = counts(plan, recording, k)[name]
+  number = by_code(activity)
   seen = len(activity) - number["unseen"]
   now = f"{number['now']} now, " if name == "decoder" else ""
   status = frames.Panel(
@@ -233,7 +228,7 @@ def frame(
     policy: its name.
   """
   row, side = plan.rows[k], plan.config.grid_size
-  rank = np.argsort(recording.place).reshape(side, side)
+  rank = np.argsort(recording.position).reshape(side, side)
   known = rank < row.num_known + row.num_predict
   now = known & (rank >= row.num_known)
   picture = frames.filling_in(image, known, now, max(1, round(SIDE / len(image))))
@@ -277,48 +272,45 @@ def run(
   sample_config: SampleConfig,
   labels: np.ndarray,
   image_ids: Sequence[int],
-  *,
+  settings: RunSettings,
   out: pathlib.Path,
-  batch_size: int,
-  seed: int,
-  dtype: Any = jnp.float32,
   every: int | None = None,
 ) -> None:
   """Decodes some images of a run once more and writes pictures of it, and `trace.json`.
 
   Args:
-    model, sample_config, seed, dtype: of the run.
+    model, sample_config: of the run.
     labels: of all of its images, int [num_images].
     image_ids: which ones, as `parse_images` gives them.
+    settings: of the run; its batch size is the most images at a time.
     out: directory; exists.
-    batch_size: images at a time, at most.
     every: see `pictured`.
   """
   plan = make_plan(model.config, sample_config)
   shown = pictured(len(plan.rows), every)
-  params = inference_params(model.params, dtype)
-  size = min(batch_size, len(image_ids))
-  images: list[dict[str, Any]] = []
-  starts = range(0, len(image_ids), size)
-  bar = tqdm(total=len(starts) * len(plan.rows), desc="tracing", unit="iteration")
-  for start in starts:
-    ids = list(image_ids[start : start + size])
-    padded = ids + ids[-1:] * (size - len(ids))  # one program for all batches
-    recordings = record(
-      params, plan, padded, labels[padded], seed=seed, dtype=dtype, progress=bar.update
-    )
-    for recording in recordings[: len(ids)]:
-      latents = unpatchify(jnp.asarray(recording.tokens), model.config)
-      decoded = generation.to_images(model, latents)
-      pictures = [
-        frame(plan, recording, k, decoded[k], sample_config.policy) for k in range(len(plan.rows))
-      ]
-      write(out / f"image_{recording.image_id:05d}", pictures, shown, decoded[-1])
-      iterations = [counts(plan, recording, k) for k in range(len(plan.rows))]
-      images.append(
-        {"image": recording.image_id, "label": recording.label, "iterations": iterations}
-      )
-  bar.close()
+  params = inference_params(model.params, settings.dtype)
+  size = min(settings.batch_size, len(image_ids))
+  images: list[dict[str, object]] = []
+  with image_bar(len(image_ids), "tracing") as bar:
+    for start in range(0, len(image_ids), size):
+      ids = list(image_ids[start : start + size])
+      padded = ids + ids[-1:] * (size - len(ids))  # one program for all batches
+
+      def progress(share: float, count: int = len(ids)) -> None:
+        bar.update(share * count)
+
+      recordings = record(params, plan, padded, labels[padded], settings, progress)
+      for recording in recordings[: len(ids)]:
+        latents = unpatchify(jnp.asarray(recording.tokens), model.config)
+        decoded = to_images(model, latents)
+        pictures = [
+          frame(plan, recording, k, decoded[k], sample_config.policy) for k in range(len(plan.rows))
+        ]
+        write(out / f"image_{recording.image_id:05d}", pictures, shown, decoded[-1])
+        iterations = [counts(plan, recording, k) for k in range(len(plan.rows))]
+        images.append(
+          {"image": recording.image_id, "label": recording.label, "iterations": iterations}
+        )
   with atomic_write(out / "trace.json") as aside:
-    summary = {"policy": sample_config.policy, "seed": seed, "images": images}
+    summary = {"policy": sample_config.policy, "seed": settings.seed, "images": images}
     aside.write_text(json.dumps(summary, indent=2) + "\n")

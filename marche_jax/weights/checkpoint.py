@@ -19,42 +19,29 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Generic, Literal, TypeAlias, TypedDict, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
+from jax.tree_util import KeyPath
 
 from marche_jax import config as config_lib
 from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
 from marche_jax.models import mar, vae
+from marche_jax.models.params import Leaf, Params
 
-Params = Any
-PathLike = str | os.PathLike[str]
+PathLike: TypeAlias = str | os.PathLike[str]
+PartConfig: TypeAlias = ModelConfig | VAEConfig
+C = TypeVar("C", bound=ModelConfig | VAEConfig | SampleConfig, covariant=True)
 
 FORMAT = 1
 DTYPES = ("float32", "float16", "bfloat16")
 
-# What the transformer computes at sampling time does not depend on these.
-_TRAINING_FIELDS = frozenset(
-  ("mask_ratio_min", "label_drop_prob", "attn_dropout", "proj_dropout", "diffusion_batch_mul")
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-  """One part of a checkpoint: its configuration class and the parameters that go with it."""
-
-  config_class: type
-  abstract_params: Callable[[Any], Params]
-
-
-KINDS = {
-  "mar": Kind(ModelConfig, mar.abstract_params),
-  "vae": Kind(VAEConfig, vae.abstract_params),
-}
+KINDS: dict[str, type[ModelConfig] | type[VAEConfig]] = {"mar": ModelConfig, "vae": VAEConfig}
+"""The parts of a checkpoint, and the class of each one's configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,21 +63,23 @@ class Model:
   sample_config: SampleConfig | None = None
 
 
-def abstract_params(kind: str, config: Any) -> Params:
+def abstract_params(kind: str, config: PartConfig) -> Params:
   """Shapes of a kind's ('mar', 'vae') parameters: nested dict of float32 ShapeDtypeStruct."""
   _check_kind(kind)
-  return jax.tree.map(lambda leaf: leaf, _abstract_params(kind, config))  # the caller's own dicts
+  return jax.tree.map(lambda leaf: leaf, _abstract_params(config))  # the caller's own dicts
 
 
 @functools.cache
-def _abstract_params(kind: str, config: Any) -> Params:
-  return KINDS[kind].abstract_params(config)  # traces the model, some tenths of a second
+def _abstract_params(config: PartConfig) -> Params:  # traces the model, some tenths of a second
+  if isinstance(config, ModelConfig):
+    return mar.abstract_params(config)
+  return vae.abstract_params(config)
 
 
 def save_model(
   directory: PathLike,
   kind: str,
-  config: ModelConfig | VAEConfig,
+  config: PartConfig,
   params: Params,
   *,
   sample_config: SampleConfig | None = None,
@@ -119,8 +108,8 @@ def save_model(
   _check_kind(kind)
   if dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-  if not isinstance(config, KINDS[kind].config_class):
-    raise ValueError(f"config={config!r}: expected a {KINDS[kind].config_class.__name__}")
+  if not isinstance(config, KINDS[kind]):
+    raise ValueError(f"config={config!r}: expected a {KINDS[kind].__name__}")
   _check_tree(params, abstract_params(kind, config), "params")
   check_destination(directory, kind, config, overwrite)
   with _written_aside(pathlib.Path(directory).absolute(), kind, params, dtype) as aside:
@@ -137,11 +126,11 @@ def save_model(
         if p.is_file()
       },
     }
-    (aside / "config.json").write_text(_sealed(body))
+    (aside / "config.json").write_text(sealed(body))
 
 
 def check_destination(
-  directory: PathLike, kind: str, config: ModelConfig | VAEConfig, overwrite: bool = False
+  directory: PathLike, kind: str, config: PartConfig, overwrite: bool = False
 ) -> None:
   """Raises ValueError where `save_model` would refuse the place: for a check before long work."""
   _check_kind(kind)
@@ -151,7 +140,7 @@ def check_destination(
   existing = next(p for p in (root, *root.parents) if p.exists())
   if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
     raise ValueError(f"{directory}: cannot be written, {existing} is no writable directory")
-  _check_beside(directory, kind, config)
+  _check_beside(directory, config)
 
 
 def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
@@ -166,32 +155,35 @@ def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
     ValueError: no directory, no checkpoint, a truncated or altered file, a later format, or
       a `config` that does not fit (the message names the fields).
   """
-  body = _read_config(directory, "mar")
-  stored = body["config"]
+  stored = _read_config(directory, "mar", ModelConfig)
   if config is not None:
-    _check_fits(directory, config, stored)
-  vae_body = _read_config(directory, "vae") if _has_kind(directory, "vae") else None
-  if vae_body is not None:
+    _check_fits(directory, config, stored.config)
+  beside = _read_config(directory, "vae", VAEConfig) if _has_kind(directory, "vae") else None
+  if beside is not None:
     with _named(directory):
-      config_lib.check_vae(stored, vae_body["config"])
+      config_lib.check_vae(stored.config, beside.config)
   return Model(
-    config=stored if config is None else config,
-    params=_to_device(_load_params(directory, body)),
-    vae_config=None if vae_body is None else vae_body["config"],
-    vae_params=None if vae_body is None else _to_device(_load_params(directory, vae_body)),
-    sample_config=body["sample"],
+    config=stored.config if config is None else config,
+    params=_to_device(_load_params(directory, stored)),
+    vae_config=beside.config if beside is not None else None,
+    vae_params=_to_device(_load_params(directory, beside)) if beside is not None else None,
+    sample_config=stored.sample,
   )
 
 
-def load_part(directory: PathLike, kind: str) -> tuple[Any, Params]:
+@overload
+def load_part(directory: PathLike, kind: Literal["mar"]) -> tuple[ModelConfig, Params]: ...
+@overload
+def load_part(directory: PathLike, kind: Literal["vae"]) -> tuple[VAEConfig, Params]: ...
+def load_part(directory: PathLike, kind: str) -> tuple[PartConfig, Params]:
   """One kind of a checkpoint: its configuration and its float32 parameters as numpy arrays.
 
   Raises:
     ValueError: as `load_model`.
   """
   _check_kind(kind)
-  body = _read_config(directory, kind)
-  return body["config"], _load_params(directory, body)
+  stored = _read_config(directory, kind, KINDS[kind])
+  return stored.config, _load_params(directory, stored)
 
 
 # ---- writing
@@ -210,7 +202,7 @@ def _save_params(path: pathlib.Path, params: Params, dtype: str) -> None:
   (path / "commit_success.txt").write_text("committed\n")
 
 
-def _as_stored(path: Any, leaf: Any, dtype: str) -> np.ndarray:
+def _as_stored(path: KeyPath, leaf: Leaf, dtype: str) -> np.ndarray:
   array = np.asarray(leaf)
   if array.dtype == jnp.dtype(dtype):
     return np.ascontiguousarray(array)
@@ -261,7 +253,7 @@ def _written_aside(
     raise
 
 
-def _sealed(body: dict[str, Any]) -> str:
+def sealed(body: dict[str, object]) -> str:
   """The text of config.json: the body and, last, the SHA-256 of the body alone."""
   text = json.dumps(body, indent=1)
   digest = hashlib.sha256(text.encode()).hexdigest()
@@ -275,8 +267,26 @@ def _has_kind(directory: PathLike, kind: str) -> bool:
   return os.path.lexists(pathlib.Path(directory) / kind)
 
 
-def _read_config(directory: PathLike, kind: str) -> dict[str, Any]:
-  """The verified config.json of a kind, with its configurations built."""
+class _File(TypedDict):
+  """What config.json says of a file."""
+
+  bytes: int
+  sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored(Generic[C]):
+  """A verified config.json, with its configurations built."""
+
+  kind: str
+  dtype: str
+  config: C
+  sample: SampleConfig | None
+  files: dict[str, _File]  # by their paths
+
+
+def _read_config(directory: PathLike, kind: str, cls: type[C]) -> _Stored[C]:
+  """The verified config.json of a kind, whose configuration is a `cls`."""
   root = pathlib.Path(directory)
   path = root / kind / "config.json"
   if not root.is_dir():
@@ -290,7 +300,7 @@ def _read_config(directory: PathLike, kind: str) -> dict[str, Any]:
     body = json.loads(text)
     found = isinstance(body, dict) and body.pop("sha256", None)
     # The text must be the one that was written, to the byte.
-    intact = bool(found) and _sealed(body) == text
+    intact = bool(found) and sealed(body) == text
   except (OSError, ValueError, RecursionError) as error:
     raise ValueError(f"checkpoint {directory}: {kind}/config.json is damaged ({error})") from error
   if not intact:
@@ -300,21 +310,25 @@ def _read_config(directory: PathLike, kind: str) -> dict[str, Any]:
       raise ValueError(f"format={body['format']!r}: expected {FORMAT}")
     if body["kind"] != kind:
       raise ValueError(f"{kind}/config.json kind={body['kind']!r}: expected {kind!r}")
-    body["config"] = _build(KINDS[kind].config_class, body["config"])
-    body["sample"] = None if body["sample"] is None else _build(SampleConfig, body["sample"])
-  return body
+    return _Stored(
+      kind,
+      body["dtype"],
+      _build(cls, body["config"]),
+      None if body["sample"] is None else _build(SampleConfig, body["sample"]),
+      body["files"],
+    )
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type[C], values: dict[str, object]) -> C:
   """A configuration; fields that are younger than the checkpoint take their defaults."""
   return config_lib.from_dict(cls, {**dataclasses.asdict(cls()), **values})
 
 
-def _load_params(directory: PathLike, body: dict[str, Any]) -> Params:
+def _load_params(directory: PathLike, stored: _Stored[PartConfig]) -> Params:
   """Verifies every file, then restores: nested dict of float32 numpy arrays."""
-  kind = body["kind"]
+  kind = stored.kind
   base = pathlib.Path(directory) / kind
-  for name, expected in body["files"].items():
+  for name, expected in stored.files.items():
     path = base / name
     if not path.is_file():
       raise ValueError(f"checkpoint {directory}: {kind}/{name} is missing")
@@ -324,8 +338,8 @@ def _load_params(directory: PathLike, body: dict[str, Any]) -> Params:
       )
     if _sha256(path) != expected["sha256"]:
       raise ValueError(f"checkpoint {directory}: {kind}/{name} is damaged (SHA-256 differs)")
-  dtype = jnp.dtype(body["dtype"])
-  expected_params = abstract_params(kind, body["config"])
+  dtype = jnp.dtype(stored.dtype)
+  expected_params = abstract_params(kind, stored.config)
   request = jax.tree.map(lambda leaf: _HostArray(leaf.shape, dtype), expected_params)
   with _named(directory):
     params = ocp.load(base.absolute() / "params", request)
@@ -365,20 +379,23 @@ def _check_fits(directory: PathLike, config: ModelConfig, stored: ModelConfig) -
   differing = [
     f"model.{f.name}={getattr(config, f.name)!r}, stored {getattr(stored, f.name)!r}"
     for f in dataclasses.fields(ModelConfig)
-    if f.name not in _TRAINING_FIELDS and getattr(config, f.name) != getattr(stored, f.name)
+    if f.name not in config_lib.TRAINING_FIELDS
+    and getattr(config, f.name) != getattr(stored, f.name)
   ]
   if differing:
     raise ValueError(f"checkpoint {directory} does not fit the config: {'; '.join(differing)}")
 
 
-def _check_beside(root: PathLike, kind: str, config: Any) -> None:
+def _check_beside(root: PathLike, config: PartConfig) -> None:
   """A transformer and an autoencoder in one directory must fit each other."""
-  other = "vae" if kind == "mar" else "mar"
-  if not _has_kind(root, other):
+  if not _has_kind(root, "vae" if isinstance(config, ModelConfig) else "mar"):
     return
-  beside = _read_config(root, other)["config"]
+  if isinstance(config, ModelConfig):
+    pair = config, _read_config(root, "vae", VAEConfig).config
+  else:
+    pair = _read_config(root, "mar", ModelConfig).config, config
   with _named(root):
-    config_lib.check_vae(*((config, beside) if kind == "mar" else (beside, config)))
+    config_lib.check_vae(*pair)
 
 
 def _check_tree(params: Params, expected: Params, name: str) -> None:
@@ -398,7 +415,7 @@ def _check_tree(params: Params, expected: Params, name: str) -> None:
       raise ValueError(f"{name}: {path} has dtype {found[path].dtype}, expected a float")
 
 
-def _path_name(path: Any) -> str:
+def _path_name(path: KeyPath) -> str:
   return "/".join(str(getattr(key, "key", key)) for key in path)
 
 

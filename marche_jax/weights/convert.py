@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import operator
 import os
 import pathlib
 import pickle
@@ -22,21 +23,27 @@ import re
 import struct
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
 from marche_jax.models import vae
+from marche_jax.models.params import Params
 from marche_jax.weights import checkpoint
-from marche_jax.weights.checkpoint import PathLike
+from marche_jax.weights.checkpoint import PartConfig, PathLike
+
+if TYPE_CHECKING:
+  import safetensors
+  import torch
 
 MAX_LISTED_PROBLEMS = 10
 
 _FLOATS = ("float32", "float16", "bfloat16")  # float64 would lose digits, integers are no weights
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
-# Our module names where they are not the reference's, per place in the tree.
+# Our module names where they are not the reference's, per module of the tree.
 _BLOCK_MODULES = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
 _HEAD_BLOCK_MODULES = {
   "norm": "in_ln",
@@ -83,7 +90,7 @@ class Target:
 # ---- names and shapes
 
 
-def targets(kind: str, config: Any) -> dict[str, Target]:
+def targets(kind: str, config: PartConfig) -> dict[str, Target]:
   """Every tensor that the reference's model of this configuration has, by its name there.
 
   Args:
@@ -198,7 +205,7 @@ def read_torch(path: PathLike, weights: str = "ema") -> dict[str, Tensor]:
   }
 
 
-def _torch_values(tensor: Any) -> np.ndarray:
+def _torch_values(tensor: torch.Tensor) -> np.ndarray:
   return tensor.detach().float().numpy()  # a view where it is float32
 
 
@@ -224,7 +231,7 @@ def read_safetensors(path: PathLike) -> dict[str, Tensor]:
   }
 
 
-def _safetensors_values(file: Any, name: str) -> np.ndarray:
+def _safetensors_values(file: safetensors.safe_open, name: str) -> np.ndarray:
   return file.get_tensor(name).astype(np.float32, copy=False)
 
 
@@ -234,9 +241,9 @@ def _safetensors_values(file: Any, name: str) -> np.ndarray:
 def convert(
   tensors: Mapping[str, Tensor],
   kind: str,
-  config: Any,
+  config: PartConfig,
   progress: Callable[[int, int], None] = lambda done, total: None,
-) -> checkpoint.Params:
+) -> Params:
   """Our parameters from the reference's tensors: nested dict of float32 numpy arrays.
 
   float16 and bfloat16 tensors are widened, which is exact.
@@ -251,25 +258,25 @@ def convert(
     ValueError: a tensor that is missing, unknown, misshaped, of another dtype (the first 10
       are listed, with both shapes), or not finite.
   """
-  places = targets(kind, config)
-  check(tensors, places)
+  wanted = targets(kind, config)
+  check(tensors, wanted)
   params = jax.tree.map(
     lambda leaf: np.empty(leaf.shape, np.float32), checkpoint.abstract_params(kind, config)
   )
-  for done, (name, target) in enumerate(places.items(), start=1):
+  for done, (name, target) in enumerate(wanted.items(), start=1):
     values = tensors[name].read()
     if not np.isfinite(values).all():
       raise ValueError(f"tensor {name}: holds NaN or infinity")
     leaf = _leaf(params, target.path)
     (leaf if target.layer is None else leaf[target.layer])[...] = values.transpose(target.axes)
-    progress(done, len(places))
+    progress(done, len(wanted))
   return params
 
 
-def check(tensors: Mapping[str, Tensor], places: Mapping[str, Target]) -> None:
+def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Target]) -> None:
   """Raises ValueError, listing the first problems, unless names, shapes and dtypes all fit."""
   problems = []
-  for name, target in places.items():
+  for name, target in wanted.items():
     if name not in tensors:
       problems.append(f"missing tensor {name}, expected shape {list(target.shape)}")
     elif tensors[name].shape != target.shape:
@@ -281,7 +288,7 @@ def check(tensors: Mapping[str, Tensor], places: Mapping[str, Target]) -> None:
   problems += [
     f"unknown tensor {name} of shape {list(tensor.shape)}"
     for name, tensor in tensors.items()
-    if name not in places
+    if name not in wanted
   ]
   if problems:
     rest = len(problems) - MAX_LISTED_PROBLEMS
@@ -290,7 +297,7 @@ def check(tensors: Mapping[str, Tensor], places: Mapping[str, Target]) -> None:
 
 
 def write_safetensors(
-  path: PathLike, kind: str, config: Any, params: checkpoint.Params, overwrite: bool = False
+  path: PathLike, kind: str, config: PartConfig, params: Params, overwrite: bool = False
 ) -> None:
   """Writes our parameters as float32 `.safetensors` under the reference's names, bit for bit.
 
@@ -305,10 +312,10 @@ def write_safetensors(
     raise ValueError(f"{path}: expected a name ending in .safetensors")
   if path.exists() and not overwrite:
     raise ValueError(f"{path}: exists already; overwrite it explicitly")
-  places = targets(kind, config)
-  header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+  wanted = targets(kind, config)
+  header: dict[str, object] = {"__metadata__": {"format": "pt"}}
   end = 0
-  for name, target in places.items():
+  for name, target in wanted.items():
     start, end = end, end + 4 * int(np.prod(target.shape))
     header[name] = {"dtype": "F32", "shape": target.shape, "data_offsets": [start, end]}
   text = json.dumps(header).encode()
@@ -317,7 +324,7 @@ def write_safetensors(
   try:
     with aside.open("wb") as file:
       file.write(struct.pack("<Q", len(text)) + text)
-      for target in places.values():
+      for target in wanted.values():
         leaf = _leaf(params, target.path)
         values = leaf if target.layer is None else leaf[target.layer]
         theirs = values.transpose(tuple(np.argsort(target.axes)))
@@ -329,13 +336,11 @@ def write_safetensors(
     aside.unlink(missing_ok=True)
 
 
-def _leaf(params: checkpoint.Params, path: tuple[str, ...]) -> np.ndarray:
-  for key in path:
-    params = params[key]
-  return params
+def _leaf(params: Params, path: tuple[str, ...]) -> np.ndarray:
+  return functools.reduce(operator.getitem, path, params)  # type: ignore[arg-type]
 
 
-def _import(module: str) -> Any:
+def _import(module: str) -> ModuleType:
   try:
     return importlib.import_module(module)
   except ImportError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -19,8 +19,11 @@ from marche_jax.benchmark import random_params
 from marche_jax.benchmarking import comparison, tables
 from marche_jax.benchmarking.comparison import Drawn, Settings
 from marche_jax.benchmarking.entries import Entry, parse_entries
-from marche_jax.decoding import generation
+from marche_jax.decoding.plan_runner import Chunk, NonFiniteLatentsError
+from marche_jax.decoding.state import DecodeState, Inputs
 from marche_jax.evaluation import quality
+from marche_jax.models.mar import Params
+from marche_jax.planning.plan import DecodePlan
 from marche_jax.weights.checkpoint import Model
 
 SETTINGS = Settings(num_images=6, batch_size=2, seed=3)
@@ -48,28 +51,31 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
   log: list[str] = []
 
   class FakeRunner:
-    def __init__(self, plan: Any, **_: Any) -> None:
+    mesh = None
+
+    def __init__(self, plan: DecodePlan, **_: object) -> None:
       self.plan = plan
       # The numbers of iterations and of cached halves tell the plans of these tests apart.
       self.name = f"{len(plan.rows)}/{plan.cache_halves}"
       self.warm = False
 
-    def compile(self, params: Any, batch_size: int) -> float:
+    def compile(self, params: Params, batch_size: int) -> float:
       log.append(f"compile {self.name}")
       return 1.5
 
     def start(self, keys: jax.Array) -> jax.Array:
       return keys
 
-    def __call__(self, params: Any, keys: jax.Array, inputs: Any) -> jax.Array:
+    def run(self, params: Params, keys: jax.Array, inputs: Inputs) -> Iterator[Chunk]:
       if self.warm:
         log.append(self.name)
       self.warm = True
       shape = (tiny.MODEL.seq_len, tiny.MODEL.token_dim)
       noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-      return noise / 2 + inputs.labels[:, None, None] + 0.01 * len(self.plan.rows)
+      tokens = noise / 2 + inputs.labels[:, None, None] + 0.01 * len(self.plan.rows)
+      yield Chunk(0, len(self.plan.rows), DecodeState(tokens, keys), None)
 
-  monkeypatch.setattr(generation, "PlanRunner", FakeRunner)
+  monkeypatch.setattr(comparison, "PlanRunner", FakeRunner)
   return log
 
 
@@ -93,9 +99,9 @@ def test_an_interrupted_run_goes_on(model: Model, drawn: list[str], tmp_path: pa
   comparison.draw(model, both, SETTINGS, tmp_path / "whole")
   del drawn[:]
 
-  original, count = generation.PlanRunner.__call__, 0
+  original, count = comparison.PlanRunner.run, 0
 
-  def stop_at_fourth(*args: Any) -> jax.Array:
+  def stop_at_fourth(*args: Any) -> Iterator[Chunk]:
     nonlocal count
     count += 1
     if count == 6:  # the fourth batch: both warm up first
@@ -103,7 +109,7 @@ def test_an_interrupted_run_goes_on(model: Model, drawn: list[str], tmp_path: pa
     return original(*args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(generation.PlanRunner, "__call__", stop_at_fourth)
+    patch.setattr(comparison.PlanRunner, "run", stop_at_fourth)
     with pytest.raises(Interrupted):
       comparison.draw(model, both, SETTINGS, tmp_path / "cut")
   before = contents(tmp_path / "cut")
@@ -185,11 +191,12 @@ def test_entries_that_decode_alike_share_their_images(
 
 
 def test_images_are_those_of_generate(model: Model, tmp_path: pathlib.Path) -> None:
-  """The real decoder: image i depends on (seed, i, label) alone, here on its batch."""
+  """The real runner: image i depends on (seed, i, label) alone, here on its batch."""
   (entry,) = entries("full:num_iter=1")
-  comparison.draw(model, [entry], Settings(3, 2, seed=5), tmp_path)
-  place = comparison.directories(tmp_path, model, [entry], Settings(3, 2, seed=5))[entry.name]
-  found = comparison.collect(place, Settings(3, 2, seed=5))
+  settings = Settings(num_images=3, batch_size=2, seed=5)
+  comparison.draw(model, [entry], settings, tmp_path)
+  place = comparison.directories(tmp_path, model, [entry], settings)[entry.name]
+  found = comparison.collect(place, settings)
   assert len(found.seconds) == 2 and min(found.seconds) > 0
   latents = marche_jax.generate(model, [2, 1], jax.random.key(5), entry.sample, image_ids=[2, 1])
   np.testing.assert_allclose(found.latents[[2, 1]], latents, rtol=0, atol=1e-5)
@@ -200,11 +207,11 @@ def test_images_are_those_of_generate(model: Model, tmp_path: pathlib.Path) -> N
 def test_latents_that_are_not_finite_name_the_policy(
   model: Model, drawn: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  def fail(*_: Any) -> None:
-    raise generation.NonFiniteLatentsError("non-finite latents at iteration 0")
+  def fail(*_: object) -> Iterator[Chunk]:
+    raise NonFiniteLatentsError("non-finite latents at iteration 0")
 
-  monkeypatch.setattr(generation.PlanRunner, "__call__", fail)
-  with pytest.raises(generation.NonFiniteLatentsError, match="full: non-finite latents"):
+  monkeypatch.setattr(comparison.PlanRunner, "run", fail)
+  with pytest.raises(NonFiniteLatentsError, match="full: non-finite latents"):
     comparison.draw(model, entries("full"), SETTINGS, tmp_path)
 
 
@@ -218,7 +225,7 @@ def test_latents_that_are_not_finite_name_the_policy(
 )
 def test_values_out_of_range(values: tuple[int, int, int], message: str) -> None:
   with pytest.raises(ValueError, match=message):
-    Settings(*values)
+    Settings(num_images=values[0], batch_size=values[1], seed=values[2])
 
 
 def make_drawn(images: Any, latents: Any, seconds: list[float], runs: str) -> Drawn:

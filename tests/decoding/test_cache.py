@@ -23,8 +23,8 @@ merged = quick_jit(merged_attention, static_argnames="heads")
 
 
 @quick_jit
-def scattered(cache: KVCache, index: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
-  return cache.scatter(jnp.int32(1), index, k, v)
+def scattered(cache: KVCache, ranks: jax.Array, k: jax.Array, v: jax.Array) -> KVCache:
+  return cache.scatter(jnp.int32(1), ranks, k, v)
 
 
 def attention(q, k, v, heads, valid):
@@ -132,7 +132,7 @@ def test_scattering_the_active_part_and_attending_once_is_the_same(seed, filled)
 
 
 def numbered() -> tuple[KVCache, np.ndarray, np.ndarray]:
-  """3 layers, 4 sequences, 5 positions, width 2; every value another."""
+  """3 layers, 4 sequences, 5 tokens, width 2; every value another."""
   k = np.arange(120, dtype=np.float32).reshape(3, 4, 5, 2)
   return KVCache(jnp.asarray(k), jnp.asarray(-k)), k, -k
 
@@ -144,14 +144,14 @@ def test_an_empty_cache():
     assert not x.any()
 
 
-def test_reading_gives_the_first_sequences_and_positions():
+def test_reading_gives_the_first_sequences_and_ranks():
   cache, k, v = numbered()
   for layer in range(3):
     for found, whole in zip(cache.read(jnp.int32(layer), 2, 3), (k, v)):
       np.testing.assert_array_equal(found, whole[layer, :2, :3])
 
 
-def test_writing_the_first_positions_of_a_layer():
+def test_writing_the_first_ranks_of_a_layer():
   cache, k, v = numbered()
   new = 1000 + np.arange(24, dtype=np.float32).reshape(4, 3, 2)
   found = jax.jit(KVCache.write)(cache, jnp.int32(1), new, -new)
@@ -172,7 +172,7 @@ def test_writing_drops_sequences_that_the_cache_has_not():
 
 @pytest.mark.parametrize("sequences", [2, 4, 6])
 def test_scattering_drops_what_is_out_of_range(sequences):
-  """Positions that a cache has not (padding), and sequences; fewer sequences leave the others."""
+  """Ranks that a cache has not (padding), and sequences; fewer sequences leave the others."""
   cache, k, v = numbered()
   rng = np.random.default_rng(sequences)
   index = np.stack([rng.permutation(5)[:3] for _ in range(sequences)])

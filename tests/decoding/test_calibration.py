@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from marche_jax import sample
 from marche_jax.benchmarking.entries import parse_entries
-from marche_jax.decoding import calibration, generation
+from marche_jax.decoding import calibration, plan_runner
 from marche_jax.planning import plan_file
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan
@@ -101,10 +101,10 @@ def test_forced_tokens_do_not_count(plan: DecodePlan) -> None:
   for stack in sketches[k]:
     stack[:, :, known:later] = 7
   assert calibration.drift_of_sketches(sketches, plan)[r, k] == 0
-  for place, stacks in ((known - 1, (0, 1)), (later, (1,))):  # the neighbours of those do
+  for rank, stacks in ((known - 1, (0, 1)), (later, (1,))):  # the neighbours of those do
     for stack in stacks:
       changed = [[s.copy() for s in both] for both in sketches]
-      changed[k][stack][:, :, place] = 7
+      changed[k][stack][:, :, rank] = 7
       assert calibration.drift_of_sketches(changed, plan)[r, k] > 0
   sketches[k][0][:, :, later:] = 7  # the encoder does not see masked tokens
   assert calibration.drift_of_sketches(sketches, plan)[r, k] == 0
@@ -156,7 +156,7 @@ def test_a_plan_without_caches(model: Model, fields: dict[str, int]) -> None:
 def test_weights_that_are_not_finite(model: Model) -> None:
   params = {**model.params, "mask_token": model.params["mask_token"] * np.nan}
   broken = dataclasses.replace(model, params=params)
-  with pytest.raises(generation.NonFiniteLatentsError, match="non-finite latents at iteration 0"):
+  with pytest.raises(plan_runner.NonFiniteLatentsError, match="non-finite latents at iteration 0"):
     calibration.calibrate(broken, MARCHE, [0], jax.random.key(0))
 
 

@@ -58,8 +58,8 @@ def computed(params):
   def transformer(params, tokens, mask, labels, dropped):
     apply = functools.partial(MAR(CONFIG).apply, {"params": params})
     embedding = apply(labels, jnp.full(labels.shape, dropped), method="class_embedding")
-    encoded = apply(tokens, mask, embedding, visible, method="encode")
-    return encoded[0], apply(*encoded, method="decode")
+    encoded = apply(tokens, mask, embedding, visible, method="forward_encoder")
+    return encoded[0], apply(*encoded, method="forward_decoder")
 
   @jax.jit
   def head(params, *args):

@@ -15,14 +15,18 @@ from golden import quick_programs as quick_programs
 
 from marche_jax import images
 from marche_jax.config import VAEConfig
-from marche_jax.decoding import generation
+from marche_jax.decoding import generation, pixels, plan_runner
 from marche_jax.models import mar, vae
 from marche_jax.weights.checkpoint import Model
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-  return Model(tiny.MODEL, golden.random_params(tiny.MODEL), sample_config=tiny.SAMPLE)
+  fresh = quick_jit(mar.init_params, static_argnums=0)(tiny.MODEL, jax.random.key(0))
+  # The head starts with zero output and gates; random weights make its samples depend on z.
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), fresh)
+  return Model(tiny.MODEL, params, sample_config=tiny.SAMPLE)
 
 
 def test_an_image_does_not_depend_on_its_batch(model: Model) -> None:
@@ -83,7 +87,7 @@ def test_non_finite_latents_name_the_iteration(model: Model) -> None:
   head["final_linear"] = jax.tree.map(lambda x: x * jnp.nan, head["final_linear"])
   broken = dataclasses.replace(model, params={**model.params, "head": head})
   with pytest.raises(
-    generation.NonFiniteLatentsError, match=r"iteration 0 of 4, in images 0 of.*max_timestep"
+    plan_runner.NonFiniteLatentsError, match=r"iteration 0 of 4, in images 0 of.*max_timestep"
   ):
     generation.generate(broken, [0], jax.random.key(0))
 
@@ -96,11 +100,11 @@ VAE = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, embed_dim
 
 @pytest.mark.parametrize("batch", [1, 3, 9])  # a part of, less and more than the autoencoder's
 def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-  monkeypatch.setattr(generation, "VAE_BATCH", 4)
-  params = quick_jit(vae.init_params, static_argnums=0)(VAE, jax.random.key(0))
+  monkeypatch.setattr(pixels, "VAE_BATCH", 4)
+  params = golden.random_params(VAE)
   latents = jax.random.normal(jax.random.key(1), (batch, 2, 8, 8))
   decode = quick_jit(vae.decode, static_argnums=0)
-  found = generation.to_images(Model(WITH_VAE, {}, VAE, params), latents)
+  found = pixels.to_images(Model(WITH_VAE, {}, VAE, params), latents)
   expected = images.to_uint8(np.asarray(decode(VAE, params, latents / 0.5)))
   assert found.shape == (batch, 16, 16, 3)
   assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # of rounding
@@ -109,4 +113,4 @@ def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch
 def test_latents_need_an_autoencoder() -> None:
   config = dataclasses.replace(tiny.MODEL, vae_stride=2, img_size=16)
   with pytest.raises(ValueError, match="--kind=vae"):
-    generation.to_images(Model(config, {}), jnp.zeros((1, 1, 8, 8)))
+    pixels.to_images(Model(config, {}), jnp.zeros((1, 1, 8, 8)))

@@ -1,4 +1,4 @@
-"""The head's sampling loop: its cache, its solvers, and the tokens that get more steps."""
+"""The head's sampling loop: its cache, its solvers, and tokens that get more diffusion steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from marche_jax.models.diffusion import make_process
 from marche_jax.planning.head_schedule import INTERVAL, RECOMPUTE_ABOVE, CachedSteps
 from marche_jax.planning.shapes import HeadShape
 
-STEPS = 27  # some cached steps recompute, others do not
+STEPS = 27  # some cached diffusion steps recompute, others do not
 MODEL = ModelConfig(
   img_size=32, vae_stride=8, vae_embed_dim=2, encoder_embed_dim=16, encoder_depth=1,
   encoder_num_heads=1, decoder_embed_dim=12, decoder_depth=1, decoder_num_heads=1, class_num=2,
@@ -39,7 +39,7 @@ NOISE = np.random.default_rng(1).standard_normal((STEPS + 1, TOKENS, 2)).astype(
 
 
 def head(depth: int) -> tuple[ModelConfig, dict]:
-  """A random head whose output is no larger than eps, so that errors do not grow by the step."""
+  """A random head whose output is no larger than eps, so that errors do not grow."""
   config = dataclasses.replace(MODEL, diffloss_d=depth)
   params = golden.random_params(config)["head"]
   return config, {**params, "final_linear": jax.tree.map(lambda x: 0.1 * x, params["final_linear"])}
@@ -51,17 +51,18 @@ def conditions(halves: int) -> np.ndarray:
 
 
 def sample(config: ModelConfig, params: dict, z: np.ndarray, halves: int, **kwargs) -> np.ndarray:
-  """The tokens drawn with recorded noise, guidance 2 and temperature 0.8."""
+  """The tokens drawn with given noise, guidance 2 and temperature 0.8."""
 
   @quick_jit
   def run(params: dict, z: jax.Array) -> jax.Array:
-    timesteps = COEFFICIENTS.timestep[None]
+    weights = head_sampler.prepare(params, config, COEFFICIENTS.timestep[None], jnp.float32)
+    run = head_sampler.DiffusionRun(jnp.int32(0), COEFFICIENTS, STEPS, **kwargs)
+    noise = head_sampler.TokenNoise(
+      NOISE[0], lambda i, t: jnp.asarray(NOISE)[1 + i], jnp.float32(0.8)
+    )
     return head_sampler.sample(
-      head_sampler.prepare(params, config, timesteps, jnp.float32), z, halves,
-      process=jnp.int32(0), coefficients=COEFFICIENTS, steps=STEPS, cfg=jnp.float32(2),
-      temperature=jnp.float32(0.8), initial_noise=NOISE[0],
-      step_noise=lambda i, t: jnp.asarray(NOISE)[1 + i], **kwargs,
-    )  # fmt: skip
+      weights, z, run, noise, head_sampler.Guidance(halves, jnp.float32(2))
+    )
 
   return np.asarray(run(params, z))
 
@@ -170,7 +171,7 @@ def test_the_cached_head_written_out():
 
 
 def test_a_step_of_dpm_is_exact_where_x0_is_known():
-  """With the true x_0 predicted, x_t stays N(alpha x_0, sigma^2), whatever the steps are."""
+  """With the true x_0 predicted, x_t stays N(alpha x_0, sigma^2), however the steps are spaced."""
   c, process = COEFFICIENTS, PROCESS
   alpha, sigma = np.sqrt(process.alphas_cumprod), np.sqrt(1 - process.alphas_cumprod)
   to_alpha, to_sigma = np.append(1, alpha[:-1]), np.append(0, sigma[:-1])
@@ -190,9 +191,9 @@ def solve(num_steps: int, order: int) -> float:
   noisiest, last = 900, 330
   spaced = diffusion.log_snr_timesteps(1000, noisiest)
   snr = np.log(1 / make_process(spaced).alphas_cumprod - 1)
-  places = [np.abs(snr - wanted).argmin() for wanted in np.linspace(
+  indices = [np.abs(snr - wanted).argmin() for wanted in np.linspace(
     snr[np.abs(spaced - last).argmin()], snr[-1], num_steps + 1)]  # fmt: skip
-  process = make_process(spaced[places])
+  process = make_process(spaced[indices])
   coefficients = jax.tree.map(np.asarray, process.coefficients())
   alpha, sigma = np.sqrt(process.alphas_cumprod), np.sqrt(1 - process.alphas_cumprod)
   start = np.asarray([[0.01], [0.1], [1.0]])
@@ -213,7 +214,7 @@ def solve(num_steps: int, order: int) -> float:
 
 
 def test_dpm_converges_to_second_order():
-  """Twice the steps: a quarter of the error; half of it without the extrapolation."""
+  """Twice the diffusion steps: a quarter of the error; half of it without the extrapolation."""
   errors = {order: [solve(n, order) for n in (10, 20, 40)] for order in (1, 2)}
   for order, found in errors.items():
     rate = math.log2(found[0] / found[2]) / 2
@@ -257,16 +258,16 @@ def test_detail_is_weighted_by_frequency(width):
 
 
 def test_tokens_of_most_detail_get_steps_of_their_own():
-  """Of two images, whose tokens of most detail differ; a place without a token never counts."""
+  """Of two images, whose tokens of most detail differ; a slot without a token never counts."""
   config, params = head(1)
-  places, valid = 6, 4
+  slots, valid = 6, 4
   processes = [make_process(np.arange(n) * (600 // n)) for n in (3, 5)]
   padded = [jax.tree.map(lambda x: np.pad(x, (0, 5 - len(x))), p.coefficients()) for p in processes]
   tables = Tables(jax.tree.map(lambda *x: np.stack(x), *padded), np.float32(1))
   zero = {f.name: np.int32(0) for f in dataclasses.fields(Rows)}
   keys = state_lib.image_keys(jax.random.key(0), jnp.arange(2))
-  predict = np.random.default_rng(1).permuted(np.tile(np.arange(16), (2, 1)), axis=1)[:, :places]
-  z = np.random.default_rng(2).standard_normal((2, 2, places, 12)).astype(np.float32)
+  predict = np.random.default_rng(1).permuted(np.tile(np.arange(16), (2, 1)), axis=1)[:, :slots]
+  z = np.random.default_rng(2).standard_normal((2, 2, slots, 12)).astype(np.float32)
   z[:, :, valid:] *= 100  # most detail of all, but there is no token
 
   def run(shape: HeadShape, **fields) -> np.ndarray:
@@ -280,15 +281,15 @@ def test_tokens_of_most_detail_get_steps_of_their_own():
 
     return np.asarray(tokens(params, z))
 
-  coarse = run(HeadShape(places, 3))
-  fine = run(HeadShape(places, 5), process=np.int32(1))
+  coarse = run(HeadShape(slots, 3))
+  fine = run(HeadShape(slots, 5), process=np.int32(1))
   mixed = run(
-    HeadShape(places, 3, detail=3, detail_diffusion_steps=5),
+    HeadShape(slots, 3, detail=3, detail_diffusion_steps=5),
     num_detail=np.int32(2),
     detail_process=np.int32(1),
   )
   scores = np.asarray(head_sampler.detail_scores(z[0]))[:, :valid]
-  chosen = np.zeros((2, places), bool)
+  chosen = np.zeros((2, slots), bool)
   np.put_along_axis(chosen, np.argsort(-scores, axis=1)[:, :2], True, axis=1)
   assert (chosen[0] != chosen[1]).any()
   scale = fine[:, :valid].std()

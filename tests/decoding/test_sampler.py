@@ -141,8 +141,8 @@ def test_head_in_the_loop_equals_the_head():
 
 
 @pytest.mark.parametrize("modulation_rows", [1, 12, 256])
-def test_steps_taken_together_change_nothing(params, monkeypatch, modulation_rows):
-  """Static or traced number of steps, any number of modulations at a time, a padded table."""
+def test_diffusion_steps_taken_together_change_nothing(params, monkeypatch, modulation_rows):
+  """Static or traced number of them, any number of modulations at a time, a padded table."""
   process = diffusion.make_process(np.asarray([0, 125, 250, 375, 500]))
   exact = jax.tree.map(np.asarray, process.coefficients())
   padded = jax.tree.map(lambda x: np.pad(x, (0, 3)), exact)
@@ -151,11 +151,12 @@ def test_steps_taken_together_change_nothing(params, monkeypatch, modulation_row
   def sample(params, coefficients, steps):
     timesteps = coefficients.timestep[None]
     weights = head_sampler.prepare(params["head"], SMALL, timesteps, jnp.float32)
-    return head_sampler.sample(
-      weights, z, 2, process=jnp.int32(0), coefficients=coefficients, steps=steps,
-      cfg=jnp.float32(2), temperature=jnp.float32(1), initial_noise=noise[:2],
-      step_noise=lambda i, t: jnp.sin(i + noise[2:] * t),
-    )  # fmt: skip
+    run = head_sampler.DiffusionRun(jnp.int32(0), coefficients, steps)
+    drawn = head_sampler.TokenNoise(
+      noise[:2], lambda i, t: jnp.sin(i + noise[2:] * t), jnp.float32(1)
+    )
+    guidance = head_sampler.Guidance(2, jnp.float32(2))
+    return head_sampler.sample(weights, z, run, drawn, guidance)
 
   expected = quick_jit(lambda p: sample(p, exact, 5))(params)
   monkeypatch.setattr(head_sampler, "MODULATION_ROWS", modulation_rows)
@@ -172,11 +173,11 @@ def test_images_do_not_depend_on_their_batch(params):
   ids, labels = [0, 1, 2, 7], [3, 3, 5, 6]
   together, _, _ = run(params, ids, labels)
   scale = float(together.tokens.std())
-  for places in ([0], [2], [3], [1, 3], [2, 0]):
-    part, _, _ = run(params, [ids[i] for i in places], [labels[i] for i in places])
-    np.testing.assert_array_equal(part.by_rank, together.by_rank[np.asarray(places)])
-    difference = np.abs(part.tokens - together.tokens[np.asarray(places)]).max()
-    assert difference <= RUN_TOLERANCE * scale, places
+  for some in ([0], [2], [3], [1, 3], [2, 0]):
+    part, _, _ = run(params, [ids[i] for i in some], [labels[i] for i in some])
+    np.testing.assert_array_equal(part.by_rank, together.by_rank[np.asarray(some)])
+    difference = np.abs(part.tokens - together.tokens[np.asarray(some)]).max()
+    assert difference <= RUN_TOLERANCE * scale, some
   assert np.abs(together.tokens[0] - together.tokens[1]).max() > 0.1 * scale  # other number
   relabelled, _, _ = run(params, ids, [3, 4, 5, 6])
   assert np.abs(relabelled.tokens[1] - together.tokens[1]).max() > 2 * RUN_TOLERANCE * scale
@@ -189,9 +190,9 @@ def test_noise_depends_on_image_position_and_timestep_alone(params):
   muted = {**params, "head": {**params["head"], "final_linear": silent}}
   ids = [0, 1, 2, 7]
   together, _, _ = run(muted, ids, [0, 1, 2, 3])
-  for places in ([2], [3, 1]):
-    part, _, _ = run(muted, [ids[i] for i in places], [4] * len(places))
-    np.testing.assert_array_equal(part.tokens, together.tokens[np.asarray(places)])
+  for some in ([2], [3, 1]):
+    part, _, _ = run(muted, [ids[i] for i in some], [4] * len(some))
+    np.testing.assert_array_equal(part.tokens, together.tokens[np.asarray(some)])
 
   process = make_plan(SMALL, SAMPLE).processes[0]
   fold = jax.random.fold_in
@@ -310,7 +311,7 @@ sys.path[:0] = sys.argv[1:]
 import golden, test_sampler as t
 from marche_jax.decoding import sampler, state as state_lib
 from marche_jax.decoding.state import Inputs
-from marche_jax.decoding.generation import PlanRunner
+from marche_jax.decoding.plan_runner import PlanRunner
 assert len(jax.devices()) == 2
 params, ids, labels = golden.random_params(t.SMALL), np.arange(4), np.asarray([3, 3, 5, 6])
 mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

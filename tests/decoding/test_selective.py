@@ -14,15 +14,15 @@ from golden import error, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.decoding import generation, sampler
+from marche_jax.decoding import given, sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
 from marche_jax.decoding.recording import Trace
 from marche_jax.decoding.state import DecodeState, Inputs, Noise
 from marche_jax.models import mar
-from marche_jax.planning import grouping
+from marche_jax.planning.draft import build
 from marche_jax.planning.plan import DecodePlan
-from marche_jax.planning.policies import make_plan
+from marche_jax.planning.policies import make_draft
 
 RUN_TOLERANCE = 1e-3  # maximum absolute error over the standard deviation: whole runs,
 Z_TOLERANCE = 1e-4  # and z of an iteration whose known tokens are the recorded ones
@@ -39,35 +39,33 @@ decode = quick_jit(sampler.decode, static_argnames=sampler.STATIC)
 
 def small_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
   """A plan with one step shape of each kind, however padded: fewer to compile."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(grouping, "MAX_PADDING", np.inf)
-    return make_plan.__wrapped__(config, sample, num_known)
+  return build(make_draft(config, sample, num_known), max_padding=np.inf)
 
 
 # ---- recorded runs, one row at a time
 
 
 class Recorded:
-  """One of `golden.RUNS` under marche, all tokens active, without the shortcut to full steps."""
+  """One of `golden.RUNS` under marche, all tokens active, no iteration being full instead."""
 
   def __init__(self, name: str, **fields) -> None:
     self.config, self.params = golden.model(name.split("/")[0])
     sample, self.golden = golden.sampling_run(name)
     found = small_plan(self.config, dataclasses.replace(sample, policy="marche", **fields))
-    buffer, positions = self.config.buffer_size, self.config.num_tokens
+    buffer, num_tokens = self.config.buffer_size, self.config.num_tokens
 
     def widen(shape):
       if shape.encoder.active is None:
         return shape
       encoder = dataclasses.replace(shape.encoder, active=buffer + shape.encoder.slots)
-      decoder = dataclasses.replace(shape.decoder, active=positions)
+      decoder = dataclasses.replace(shape.decoder, active=num_tokens)
       return dataclasses.replace(shape, encoder=encoder, decoder=decoder)
 
     self.plan = dataclasses.replace(
       found,
       step_shapes=tuple(widen(shape) for shape in found.step_shapes),
       rows=tuple(
-        dataclasses.replace(r, encoder_active=buffer + r.num_known, decoder_active=positions)
+        dataclasses.replace(r, encoder_active=buffer + r.num_known, decoder_active=num_tokens)
         for r in found.rows
       ),
     )
@@ -79,7 +77,7 @@ class Recorded:
     by_rank = jnp.asarray(self.golden["orders"][:, ::-1])
     return state_lib.empty_state(self.plan, tokens, by_rank, jnp.float32)
 
-  def step(self, state: DecodeState, k: int) -> tuple[DecodeState, Trace]:
+  def iterate(self, state: DecodeState, k: int) -> tuple[DecodeState, Trace]:
     g, batch = self.golden, len(self.golden["labels"])
     one = slice(k, k + 1)
     state, finite, trace = decode(
@@ -110,7 +108,7 @@ class Recorded:
   ],
 )
 def test_all_active_replays_the_recorded_run(name, fields):
-  """Through scatter and top-k instead of a full step: the whole run; z with the tokens recorded."""
+  """Through scatter and top-k, not a full iteration: the whole run; z with the tokens recorded."""
   run = Recorded(name, **fields)
   selective = [
     run.plan.step_shapes[row.shape_id].decoder.active is not None for row in run.plan.rows
@@ -119,7 +117,7 @@ def test_all_active_replays_the_recorded_run(name, fields):
   g = run.golden
   state = run.start()
   for k in range(len(selective)):
-    state, trace = run.step(state, k)
+    state, trace = run.iterate(state, k)
     activity = np.asarray(trace.activity)
     assert not (activity == CACHED).any()
   assert error(mar.unpatchify(state.tokens, run.config), g["latents"]) <= RUN_TOLERANCE
@@ -127,7 +125,7 @@ def test_all_active_replays_the_recorded_run(name, fields):
   state = run.start()
   halves = {"z_cond": 0, "z_uncond": 1} if g["z_uncond"].size else {"z_cond": 0}
   for k, now in enumerate(g["pred_mask"]):
-    state, trace = run.step(state, k)
+    state, trace = run.iterate(state, k)
     for key, half in halves.items():
       assert error(trace.z[half], g[key][k], now) <= Z_TOLERANCE, (key, k)
     known = g["pred_mask"][: k + 1].any(axis=0)[..., None]
@@ -230,7 +228,7 @@ def test_carried_scores_are_the_attention_of_new_tokens():
   paid_by = slice(now - row.num_previous, now), slice(now, now + row.num_predict)
   for half in (0, 1):
     for scores, queries, heads, (q, k, _) in zip(
-      refresh.after.scores,
+      (refresh.after.encoder_carried, refresh.after.decoder_carried),
       paid_by,
       (config.encoder_num_heads, config.decoder_num_heads),
       refresh.fresh(half),
@@ -275,7 +273,7 @@ class Run:
     """(positions by rank, final tokens, trace) of some images; an image's label: its number % 8."""
     keys = state_lib.image_keys(KEY, np.asarray(ids))
     known = tuple(np.stack(x) for x in zip(*map(self.known, ids)))
-    first = generation.initial_state(self.plan, keys, known=known if self.num_known else None)
+    first = given.initial_state(self.plan, keys, known=known if self.num_known else None)
     dtype = static.get("dtype", jnp.float32)
     state = state_lib.empty_state(self.plan, first.tokens, first.by_rank, dtype)
     inputs = Inputs(np.asarray(ids) % 8, keys, teacher=teacher)
@@ -298,22 +296,22 @@ def test_every_position_is_generated_once_and_forced_tokens_are_active(policy):
   by_rank = np.take_along_axis(generated, positions[None], axis=2)
   rank = np.arange(SMALL.seq_len)
   np.testing.assert_array_equal(by_rank.sum(axis=0), np.tile(rank >= run.num_known, (4, 1)))
-  activity, position = np.asarray(trace.activity), np.arange(SMALL.num_tokens)
+  activity, of_stack = np.asarray(trace.activity), np.arange(SMALL.num_tokens)  # ranks there
   selected = 0
   for k, row in enumerate(run.plan.rows):
     new = (rank >= row.num_known) & (rank < row.num_known + row.num_predict)
     np.testing.assert_array_equal(by_rank[k], np.tile(new, (4, 1)))
     now = SMALL.buffer_size + row.num_known
-    previous = (position >= now - row.num_previous) & (position < now)
-    to_predict = (position >= now) & (position < now + row.num_predict)
+    previous = (of_stack >= now - row.num_previous) & (of_stack < now)
+    to_predict = (of_stack >= now) & (of_stack < now + row.num_predict)
     encoder, decoder = activity[k]
-    for found, places in (
+    for found, ranks in (
       (encoder == PREVIOUS, previous),
       (decoder == PREVIOUS, previous),
       (decoder == NOW, to_predict),
-      (encoder == UNSEEN, position >= now),
+      (encoder == UNSEEN, of_stack >= now),
     ):
-      np.testing.assert_array_equal(found, np.tile(places, (4, 1)), str(k))
+      np.testing.assert_array_equal(found, np.tile(ranks, (4, 1)), str(k))
     assert not (encoder == NOW).any() and not (decoder == UNSEEN).any()
     for found, active in ((encoder, row.encoder_active), (decoder, row.decoder_active)):
       assert ((found >= REFRESHED).sum(axis=1) == active).all()

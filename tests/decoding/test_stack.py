@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
   class_num=2, buffer_size=2, diffloss_d=1, diffloss_w=8, decoder_depth=1, decoder_embed_dim=8,
   decoder_num_heads=1,
 )  # fmt: skip
-BUFFER, SLOTS, POSITIONS, DEPTH = 2, 10, 18, 3  # DEPTH of 4 layers run
+BUFFER, SLOTS, TOKENS, DEPTH = 2, 10, 18, 3  # DEPTH of 4 layers run
 SEEN = BUFFER + SLOTS
 BLOCK = make_block(CONFIG, "encoder")
 TOLERANCE = 1e-5  # maximum absolute error over the standard deviation
@@ -47,27 +47,31 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 X = normal(0, 3, SEEN, 16)
-STALE = KVCache(normal(1, 4, 3, POSITIONS, 16), normal(2, 4, 3, POSITIONS, 16))
-CARRIED = np.abs(normal(3, 3, POSITIONS))
+STALE = KVCache(normal(1, 4, 3, TOKENS, 16), normal(2, 4, 3, TOKENS, 16))
+CARRIED = np.abs(normal(3, 3, TOKENS))
 
 
 def span(count: int, first: int = 5, forced: int = 3, valid: int | None = None) -> Span:
-  """`forced` tokens from `first` on, which are also those whose attention is recorded."""
-  of = None if valid is None else np.arange(SEEN) < valid
+  """`forced` tokens from rank `first` on, which are also those whose attention is carried."""
   return Span(
-    of, np.int32(first), np.int32(forced), np.int32(count), np.int32(first), np.int32(forced)
+    valid=None if valid is None else np.arange(SEEN) < valid,
+    first_forced=np.int32(first),
+    num_forced=np.int32(forced),
+    num_active=np.int32(count),
+    first_carried=np.int32(first),
+    num_carried=np.int32(forced),
   )
 
 
-def by_position(run: stack.StackRun) -> tuple[np.ndarray, np.ndarray]:
-  """What a run gave at every position [X, M, width], and where, bool [X, M]."""
-  if run.index is None:
+def by_rank(run: stack.StackRun) -> tuple[np.ndarray, np.ndarray]:
+  """What a run gave of every token [X, M, width], and of which, bool [X, M]."""
+  if run.active is None:
     return np.asarray(run.x), np.ones(run.x.shape[:2], bool)
   found, where = np.zeros_like(X), np.zeros(X.shape[:2], bool)
-  slots = np.flatnonzero(run.active)
-  for sequence, index in enumerate(np.asarray(run.index)):
-    found[sequence, index[slots]] = run.x[sequence, slots]
-    where[sequence, index[slots]] = True
+  slots = np.flatnonzero(run.active.filled)
+  for sequence, ranks in enumerate(np.asarray(run.active.ranks)):
+    found[sequence, ranks[slots]] = run.x[sequence, slots]
+    where[sequence, ranks[slots]] = True
   return found, where
 
 
@@ -91,22 +95,22 @@ def test_the_active_set(data):
   scores = np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 4, (3, SEEN))
   shape = StackShape(SLOTS, active=slots, forced=max(1, forced), buffer=keep_buffer)
   now = span(count, first, forced, valid)
-  index, active = choose(shape, now, scores.astype(np.float32), buffer=BUFFER)
-  active = np.asarray(active)
-  assert index.shape == (3, slots) and active.tolist() == [
-    i < min(count, seen) for i in range(slots)
-  ]
+  active = choose(shape, now, scores.astype(np.float32), buffer=BUFFER)
+  filled = np.asarray(active.filled)
+  assert active.ranks.shape == (3, slots)
+  assert filled.tolist() == [i < min(count, seen) for i in range(slots)]
   always = [*range(held), *range(first, first + forced)]
-  for chosen, score in zip(np.asarray(index), scores):
+  for chosen, score in zip(np.asarray(active.ranks), scores):
     assert len(set(chosen.tolist())) == slots
-    assert chosen[: len(always)].tolist() == always  # what `forced_positions` says
-    chosen = chosen[active]
+    assert chosen[: len(always)].tolist() == always  # what `forced_ranks` says
+    assert active.slot_of(chosen[held : held + forced]).tolist() == [*range(held, held + forced)]
+    chosen = chosen[filled]
     assert (chosen < seen).all()
     others = np.setdiff1d(np.arange(seen), chosen)
     if others.size and len(chosen) > len(always):
       assert score[chosen[len(always) :]].min() >= score[others].max()
-  positions, filled = stack.forced_positions(shape, now, BUFFER)
-  assert np.asarray(positions)[np.asarray(filled)].tolist() == always
+  ranks, there = stack.forced_ranks(shape, now, BUFFER)
+  assert np.asarray(ranks)[np.asarray(there)].tolist() == always
 
 
 # ---- everything active is everything
@@ -124,32 +128,32 @@ EVERYTHING = {
 
 @pytest.fixture(scope="module")
 def full(params):
-  """Everything recomputed, where the cache held something else; attention recorded at layer 2."""
+  """Everything recomputed, where the cache held something else; attention carried from layer 2."""
   shape = StackShape(SLOTS, carried=4, layer=2)
   return {n: run_stack(params, shape, span(SEEN, valid=n), X, STALE, CARRIED) for n in (None, 9)}
 
 
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_all_active_is_full(params, full, name):
-  """Through top-k, gather and scatter: the same output, cache and recorded attention."""
+  """Through top-k, gather and scatter: the same output, cache and carried attention."""
   shape = StackShape(SLOTS, active=SEEN, forced=3, **EVERYTHING[name])
   for valid in (9,) if name == "scout" else (None, 9):
     seen = valid or SEEN
     found = run_stack(params, shape, span(SEEN, valid=valid), X, STALE, CARRIED)
-    x, where = by_position(found)
+    x, where = by_rank(found)
     assert where[:, :seen].all() and not where[:, seen:].any()
     assert error(x[:, :seen], np.asarray(full[valid].x)[:, :seen]) <= TOLERANCE
     for ours, theirs in zip(*(jax.tree.leaves(r.cache) for r in (found, full[valid]))):
       rows = (slice(DEPTH), slice(None), slice(seen))
       assert error(ours[rows], np.asarray(theirs)[rows]) <= TOLERANCE
     if shape.carried:
-      assert error(found.scores, np.asarray(full[valid].scores)) <= TOLERANCE
+      assert error(found.carried, np.asarray(full[valid].carried)) <= TOLERANCE
     else:
-      np.testing.assert_array_equal(found.scores, CARRIED)
+      np.testing.assert_array_equal(found.carried, CARRIED)
 
 
 def test_a_full_run_writes_what_it_computes(params, full):
-  """Only the layers that run and the positions that are seen; with or without a cache."""
+  """Only the layers that run and the tokens that are seen; with or without a cache."""
   alone = run_stack(params, StackShape(SLOTS), span(SEEN), X, None, None)
   assert error(full[None].x, np.asarray(alone.x)) <= TOLERANCE
   for new, old in zip(jax.tree.leaves(full[None].cache), jax.tree.leaves(STALE)):
@@ -165,7 +169,7 @@ def test_a_full_run_writes_what_it_computes(params, full):
 def test_only_the_active_rows_of_the_cache_change(params, name):
   shape = StackShape(SLOTS, active=7, forced=3, **EVERYTHING[name])
   found = run_stack(params, shape, span(6, valid=9), X, STALE, CARRIED)
-  _, where = by_position(found)
+  _, where = by_rank(found)
   assert (where.sum(axis=1) == 6).all()
   assert where[:, 5:8].all()  # forced
   if shape.buffer:
@@ -190,7 +194,7 @@ def test_a_scout_pass_leaves_no_trace(params):
   plain = run_stack(params, shape, now, X, STALE, CARRIED)
   scout = dataclasses.replace(shape, source="scout", layer=3)
   found = run_stack(params, scout, now, X, STALE, CARRIED)
-  np.testing.assert_array_equal(found.index, plain.index)
+  np.testing.assert_array_equal(found.active.ranks, plain.active.ranks)
   for ours, theirs in zip(
     jax.tree.leaves((found.x, found.cache)), jax.tree.leaves((plain.x, plain.cache))
   ):
@@ -201,7 +205,7 @@ def test_a_selective_run_is_attention_over_active_and_cached(params):
   """Against the first layer written out: the active ones over fresh and stale keys."""
   shape = StackShape(SLOTS, active=5, forced=3, source="carried", layer=1)
   found = run_stack(params, shape, span(5), X, STALE, CARRIED)
-  _, where = by_position(found)
+  _, where = by_rank(found)
   apply = functools.partial(BLOCK.apply, {"params": jax.tree.map(lambda p: p[0], params)})
   _, k, v = apply(X, method="qkv")
   for ours, fresh, stale in ((found.cache.k, k, STALE.k), (found.cache.v, v, STALE.v)):
@@ -215,22 +219,22 @@ def test_a_selective_run_is_attention_over_active_and_cached(params):
 
 
 def test_scores_agree_where_the_cache_is_fresh(params, full):
-  """Scout pass, lower layers and what a full run records: the attention that forced tokens pay."""
+  """Scout pass, lower layers and what a full run carries: the attention that forced tokens pay."""
   valid, fresh = 9, full[9].cache
-  recorded = np.asarray(full[9].scores)
-  np.testing.assert_allclose(recorded[:, :valid].sum(axis=1), 3, rtol=1e-5)  # of three queries
-  assert (recorded[:, valid:SEEN] == 0).all()
-  np.testing.assert_array_equal(recorded[:, SEEN:], CARRIED[:, SEEN:])
+  carried = np.asarray(full[9].carried)
+  np.testing.assert_allclose(carried[:, :valid].sum(axis=1), 3, rtol=1e-5)  # of three queries
+  assert (carried[:, valid:SEEN] == 0).all()
+  np.testing.assert_array_equal(carried[:, SEEN:], CARRIED[:, SEEN:])
   for source in ("scout", "lower"):
     shape = StackShape(SLOTS, active=7, forced=4, source=source, layer=2)
     found = run_stack(params, shape, span(7, valid=valid), X, fresh, CARRIED)
-    scores = np.asarray(found.selected_by)
+    scores = np.asarray(found.active.scores)
     if source == "scout":  # keys of the forced tokens are not the cache's: they count apart
       forced = np.isin(np.arange(SEEN), [5, 6, 7])
       assert (scores[:, forced] == 0).all()
-      assert error(scores[:, ~forced], recorded[:, :SEEN][:, ~forced]) <= TOLERANCE
+      assert error(scores[:, ~forced], carried[:, :SEEN][:, ~forced]) <= TOLERANCE
     else:
-      assert error(scores, recorded[:, :SEEN]) <= TOLERANCE
+      assert error(scores, carried[:, :SEEN]) <= TOLERANCE
 
 
 def test_attention_scores_are_means_over_heads_and_sums_over_queries():
@@ -262,13 +266,13 @@ def test_tokens_whose_values_changed_are_refreshed(params, full):
     x[sequence, 2] = 1.7 * X[sequence, 2]  # a norm makes nothing of that
   found = run_stack(params, shape, span(5), x, full[None].cache, CARRIED)
   np.testing.assert_array_equal(
-    np.sort(found.index, axis=1), [[0, 5, 6, 7, 10], [3, 4, 5, 6, 7], [5, 6, 7, 8, 11]]
+    np.sort(found.active.ranks, axis=1), [[0, 5, 6, 7, 10], [3, 4, 5, 6, 7], [5, 6, 7, 8, 11]]
   )
 
 
 @pytest.mark.parametrize("name", ["none", "scout", "lower"])
 def test_what_is_not_valid_does_not_matter(params, name):
-  """Neither the input nor the cache at positions that hold no token."""
+  """Neither the input nor the cache at ranks that hold no token."""
   shape = StackShape(SLOTS, active=7, forced=3, **EVERYTHING[name])
   now = span(6, valid=9)
   expected = run_stack(params, shape, now, X, STALE, CARRIED)
@@ -277,7 +281,7 @@ def test_what_is_not_valid_does_not_matter(params, name):
   for part in (spoilt.k, spoilt.v):
     part[:, :, 9:] = 3e38
   found = run_stack(params, shape, now, x, spoilt, CARRIED)
-  np.testing.assert_array_equal(found.index[:, :6], expected.index[:, :6])
+  np.testing.assert_array_equal(found.active.ranks[:, :6], expected.active.ranks[:, :6])
   np.testing.assert_array_equal(found.x[:, :6], expected.x[:, :6])
   for ours, theirs in zip(jax.tree.leaves(found.cache), jax.tree.leaves(expected.cache)):
     np.testing.assert_array_equal(ours[:, :, :9], theirs[:, :, :9])

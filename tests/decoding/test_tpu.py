@@ -1,6 +1,6 @@
 """The sampler on TPU chips that nobody has: what the TPU compiler makes of it.
 
-The compiler needs the extra `tpu-aot` in an environment of its own, whose Python is named by
+The compiler needs the extra `tpu` in an environment of its own, whose Python is named by
 MARCHE_TPU_PYTHON; without it the tests that compile are skipped.
 """
 
@@ -36,7 +36,7 @@ def _compile(config: str, batch_per_chip: int, *options: str) -> dict[str, Any]:
   """What `tpu_compile.py` reports."""
   python = os.environ.get("MARCHE_TPU_PYTHON")
   if not python:
-    pytest.skip("MARCHE_TPU_PYTHON is not set: a Python with the extra tpu-aot (libtpu) is needed")
+    pytest.skip("MARCHE_TPU_PYTHON is not set: a Python with the extra tpu (libtpu) is needed")
   environment = {
     **os.environ,
     "JAX_PLATFORMS": "cpu",

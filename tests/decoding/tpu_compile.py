@@ -1,6 +1,6 @@
 """Compiles the sharded sampler for TPU chips, without a TPU, and prints what came out as JSON.
 
-`test_tpu.py` runs this as a process of its own, with a Python that has the extra `tpu-aot`: the
+`test_tpu.py` runs this as a process of its own, with a Python that has the extra `tpu`: the
 compiler in libtpu must not be seen by a process that computes on another backend. By hand:
 
     export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
@@ -132,16 +132,16 @@ def copies_of_caches(hlo: str, plan: DecodePlan, batch: int) -> int:
 
 
 def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
-  """FLOPs of a step as the compiler counts them: the body of every loop once.
+  """FLOPs of an iteration as the compiler counts them: the body of every loop once.
 
   The loops over layers have one body each, so that stacks of one layer (and the decoder's last one)
-  are counted; the diffusion steps are one that takes the modulations of several.
+  are counted; the diffusion steps count as one that takes the modulations of several.
   """
   config = dataclasses.replace(plan.config, encoder_depth=1, decoder_depth=2)
-  steps = shape.head.diffusion_steps or shape.head.fewest
+  fewest = shape.head.diffusion_steps or shape.head.fewest
   halves = 2 if shape.guided else 1
   flops = cost.iteration_flops(config, shape, 1)
-  together = head_sampler.steps_together(steps, halves * batch * shape.head.slots)
+  together = head_sampler.steps_together(fewest, halves * batch * shape.head.slots)
   modulation = 2 * (3 * config.diffloss_d + 2) * config.diffloss_w**2
   extra = (together - 1) * halves * shape.head.slots * modulation
   return batch * (flops.total + extra)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from golden import DATA, load
+from golden import DATA, load, quick_jit
 from golden import exact_matmuls as exact_matmuls
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,10 @@ from marche_jax.models import diffusion
 from marche_jax.models.diffusion import make_process, respaced_timesteps
 
 TABLE_TOLERANCE = 1e-12
+
+ancestral_step = quick_jit(diffusion.ancestral_step)
+guide = quick_jit(diffusion.guide)
+training_terms = quick_jit(diffusion.training_terms)
 
 
 def at(process: diffusion.Process, index) -> diffusion.Coefficients:
@@ -95,7 +100,7 @@ def test_one_step_returns_the_predicted_x0():
     c = at(process, 0)
     xt = c.sqrt_alpha * x0 + c.sqrt_one_minus_alpha * noise
     out = jnp.concatenate([noise, np.ones_like(noise)], axis=-1)
-    done = diffusion.ancestral_step(c, xt, out, np.full_like(x0, 1e3), 1.0)
+    done = ancestral_step(c, xt, out, np.full_like(x0, 1e3), 1.0)
     np.testing.assert_allclose(done, x0, atol=1e-5)
 
 
@@ -109,18 +114,18 @@ def test_ancestral_step_has_the_posterior_distribution():
     xt = c.sqrt_alpha * x0 + c.sqrt_one_minus_alpha * noise
     for coefficient, log_variance in ((-1.0, c.min_log_variance), (1.0, c.max_log_variance)):
       out = jnp.concatenate([noise, np.full_like(noise, coefficient)], axis=-1)
-      mean = diffusion.ancestral_step(c, xt, out, fresh, 0.0)
+      mean = ancestral_step(c, xt, out, fresh, 0.0)
       np.testing.assert_allclose(mean, c.mean_x0 * x0 + c.mean_xt * xt, atol=2e-3)
-      noisy = diffusion.ancestral_step(c, xt, out, fresh, 0.5)
+      noisy = ancestral_step(c, xt, out, fresh, 0.5)
       expected = 0.5 * np.exp(0.5 * float(log_variance)) * fresh
       np.testing.assert_allclose(noisy - mean, expected, atol=2e-5)
 
 
 def test_guidance_moves_eps_and_keeps_the_conditional_variance():
   cond, uncond = np.random.default_rng(0).standard_normal((2, 4, 6), np.float32)
-  np.testing.assert_allclose(diffusion.guide(cond, uncond, 1.0), cond, atol=1e-6)
+  np.testing.assert_allclose(guide(cond, uncond, 1.0), cond, atol=1e-6)
   for scale in (0.0, 3.0):
-    out = diffusion.guide(cond, uncond, scale)
+    out = guide(cond, uncond, scale)
     expected = uncond[:, :3] + scale * (cond[:, :3] - uncond[:, :3])
     np.testing.assert_allclose(out[:, :3], expected, atol=1e-6)
     np.testing.assert_array_equal(out[:, 3:], cond[:, 3:])
@@ -133,10 +138,12 @@ def test_bound_trains_the_variance_only():
   xt = diffusion.add_noise(c, x0, noise)
   out = rng.standard_normal((5, 6), np.float32)
 
-  def total(out, term):
+  @functools.partial(quick_jit, static_argnums=1)
+  @jax.grad
+  def gradient(out, term):
     return jnp.sum(diffusion.training_terms(c, x0, xt, noise, out)[term])
 
-  mse, vb = (np.asarray(jax.grad(total)(out, term)) for term in (0, 1))
+  mse, vb = (np.asarray(gradient(out, term)) for term in (0, 1))
   assert (mse[:, :3] != 0).all() and (mse[:, 3:] == 0).all()
   assert (vb[:, :3] == 0).all() and (vb[1:, 3:] != 0).all()
 
@@ -148,7 +155,7 @@ def test_bound_is_zero_for_the_true_posterior():
   c = at(make_process(), [5, 250, 700])
   xt = diffusion.add_noise(c, x0, noise)
   out = np.concatenate([noise, -np.ones_like(noise)], axis=-1)
-  mse, vb = diffusion.training_terms(c, x0, xt, noise, out)
+  mse, vb = training_terms(c, x0, xt, noise, out)
   np.testing.assert_array_equal(mse, 0)
   np.testing.assert_allclose(vb, 0, atol=1e-5)
 
@@ -160,7 +167,7 @@ def test_discretised_likelihood_is_a_distribution():
   xt = np.full_like(values, 0.3)
   for coefficient in (-1.0, 1.0):
     out = np.concatenate([np.zeros_like(values), np.full_like(values, coefficient)], axis=-1)
-    _, bits = diffusion.training_terms(c, values, xt, np.zeros_like(values), out)
+    _, bits = training_terms(c, values, xt, np.zeros_like(values), out)
     probability = np.exp2(-np.asarray(bits, np.float64))
     assert abs(probability.sum() - 1) < 1e-5
     assert 0.29 < float(values[probability.argmax(), 0]) < 0.32

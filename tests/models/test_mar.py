@@ -46,7 +46,7 @@ def forwards(config: ModelConfig, params, f, visible: int) -> dict[str, jax.Arra
   head = functools.partial(apply, method="denoise")
   tokens = patchify(f["imgs"], config)
   embedding = apply(f["labels"], method="class_embedding")
-  encoded, _, _ = apply(tokens, f["mask"], embedding, visible, method="encode")
+  encoded, _, _ = apply(tokens, f["mask"], embedding, visible, method="forward_encoder")
   c = diffusion.make_process().coefficients().at(f["net_t"])
   xt = diffusion.add_noise(c, f["loss_x0"], f["loss_noise"])
   out = head(xt, f["net_t"], f["net_c"])
@@ -156,9 +156,11 @@ def test_block_parts_equal_the_packed_projection(small):
   block = mar.make_block(SMALL, "decoder")
   one = {"params": jax.tree.map(lambda x: x[1], small[0]["decoder_blocks"])}
   x = np.random.default_rng(3).standard_normal((2, 5, SMALL.decoder_embed_dim), np.float32)
-  q, k, v = block.apply(one, x, method="qkv")
-  np.testing.assert_allclose(block.apply(one, x, method="queries"), q, atol=1e-6)
-  for part, packed in zip(block.apply(one, x, method="keys_values"), (k, v)):
+  methods = ("qkv", "queries", "keys_values")
+  run_all = quick_jit(lambda *args: [block.apply(*args, method=method) for method in methods])
+  (q, k, v), queries, keys_values = run_all(one, x)
+  np.testing.assert_allclose(queries, q, atol=1e-6)
+  for part, packed in zip(keys_values, (k, v)):
     np.testing.assert_allclose(part, packed, atol=1e-6)
   assert np.abs(q - k).max() > 0.1 and np.abs(k - v).max() > 0.1
 

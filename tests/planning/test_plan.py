@@ -134,14 +134,15 @@ def check_state(plan: DecodePlan):
   """What a step shape reads or writes is there, and nothing else."""
   c = plan.config
   state = jax.eval_shape(
-    lambda tokens, order: state_lib.empty_state(plan, tokens, order, jnp.float32),
+    lambda tokens, by_rank: state_lib.empty_state(plan, tokens, by_rank, jnp.float32),
     jax.ShapeDtypeStruct((1, c.seq_len, c.token_dim), jnp.float32),
     jax.ShapeDtypeStruct((1, c.seq_len), jnp.int32),
   )
   stacks = [stack for shape in plan.step_shapes for stack in (shape.encoder, shape.decoder)]
   selective = any(stack.active is not None for stack in stacks)
   assert (state.encoder_cache is not None) == (state.decoder_cache is not None) == selective
-  assert (state.scores is not None) == any(stack.carried for stack in stacks)
+  carries = any(stack.carried for stack in stacks)
+  assert (state.encoder_carried is not None) == (state.decoder_carried is not None) == carries
   one_half = any(shape.guided and shape.halves == 1 for shape in plan.step_shapes)
   assert (state.difference is not None) == one_half
 

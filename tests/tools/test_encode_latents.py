@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 
+import golden
 import jax
 import numpy as np
 import pytest
@@ -40,8 +41,7 @@ _spec.loader.exec_module(encode_latents)
 
 @pytest.fixture(scope="module")
 def params() -> vae.Params:
-  init = quick_jit(vae.init_params, static_argnums=0)
-  return jax.tree.map(np.asarray, init(VAE, jax.random.key(3)))
+  return jax.tree.map(np.asarray, golden.random_params(VAE, seed=3))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def run_tool(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str
   return subprocess.run(
     [sys.executable, str(TOOL), "--config=config.py", "--data=images", "--vae=vae", *flags],
     cwd=work, capture_output=True, text=True, check=False,
-    env=quick_environment(ROOT, ROOT / "tests"),
+    env=quick_environment(ROOT, pathlib.Path(__file__).parent),
   )  # fmt: skip
 
 

@@ -249,7 +249,7 @@ def test_latents_round_trip(tmp_path, dtype):
 def test_latents_are_mapped_not_loaded(tmp_path):
   sources.write_latents(tmp_path / "x", latents(4000), np.zeros(4000, int))
   source = open_latents(tmp_path / "x", flip=False)
-  assert isinstance(source._moments, np.memmap)
+  assert isinstance(source.moments, np.memmap)
   assert len(pickle.dumps(source)) < 5000  # not the 384 kB of the file
 
 

@@ -14,7 +14,7 @@ import pytest
 from golden import by_path, load, quick_jit
 from golden import exact_matmuls as exact_matmuls
 
-from marche_jax.config import Config, TrainConfig
+from marche_jax.config import Config, ModelConfig, TrainConfig
 from marche_jax.models.mar import patchify
 from marche_jax.training import losses, trainer
 
@@ -103,13 +103,19 @@ def test_no_warm_up_starts_at_the_full_rate():
   np.testing.assert_allclose([rate(0), rate(1)], 1e-3, atol=1e-9)
 
 
+def make_update(train: TrainConfig, model: ModelConfig):
+  """A jitted `update` with a constant rate, and its optimizer."""
+  config = Config(model=model, vae=None, train=train)
+  optimizer = trainer.make_optimizer(train, RATE)
+  run = quick_jit(functools.partial(trainer.update, config=config, optimizer=optimizer))
+  return run, optimizer
+
+
 @pytest.fixture(scope="module")
 def updating():
-  """A jitted `update` with a constant rate, a state, and a batch, of the small golden model."""
+  """An update of the small golden model, a state, and a batch."""
   model, params = golden.model("mar_patch2")
-  config = Config(model=model, vae=None, train=FIRST)
-  optimizer = trainer.make_optimizer(FIRST, RATE)
-  run = quick_jit(functools.partial(trainer.update, config=config, optimizer=optimizer))
+  run, optimizer = make_update(FIRST, model)
   state = trainer.TrainState(jnp.zeros((), jnp.int32), params, params, optimizer.init(params))
   rng = np.random.default_rng(0)
   moments = rng.standard_normal((4, 2 * model.latent_shape[0], *model.latent_shape[1:]), np.float32)
@@ -126,6 +132,16 @@ def test_update_advances_everything(updating):
     old, new = by_path(state.ema)[path], by_path(after.params)[path]
     np.testing.assert_allclose(ema, 0.75 * old + 0.25 * new, atol=1e-6)
     assert np.abs(new - old).max() > 0, path
+
+
+def test_bfloat16_and_remat_train(updating):
+  _, state, batch = updating
+  train = dataclasses.replace(FIRST, dtype="bfloat16", remat=True)
+  run, _ = make_update(train, golden.model("mar_patch2")[0])
+  for _ in range(5):
+    state, _ = run(state, batch)
+  assert all(x.dtype == np.float32 for x in jax.tree.leaves(state.params))
+  assert all(bool(np.isfinite(x).all()) for x in jax.tree.leaves(state.ema))
 
 
 def test_update_is_a_function_of_seed_and_step(updating):

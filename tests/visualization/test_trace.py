@@ -17,6 +17,7 @@ from PIL import Image
 
 from marche_jax import sample
 from marche_jax.decoding.activity import CACHED, NOW, PREVIOUS, REFRESHED, UNSEEN
+from marche_jax.decoding.generation import RunSettings
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan
 from marche_jax.planning.shapes import StackShape
@@ -36,22 +37,22 @@ LABELS = np.asarray([0, 1, 2, 3, 0, 1])
 
 
 def test_cells_hold_the_tokens_in_raster_order() -> None:
-  place = np.asarray([2, 0, 3, 1])  # the first token revealed lies at the lower left
+  position = np.asarray([2, 0, 3, 1])  # the first token revealed lies at the lower left
   np.testing.assert_array_equal(
-    frames.cell_positions(place, buffer=3), [[0, 2, -1, 4, 6], [1, -1, -1, 3, 5]]
+    frames.cell_ranks(position, buffer=3), [[0, 2, -1, 4, 6], [1, -1, -1, 3, 5]]
   )
-  grid = frames.cell_positions(np.random.default_rng(0).permutation(49), buffer=8)
+  grid = frames.cell_ranks(np.random.default_rng(0).permutation(49), buffer=8)
   assert grid.shape == (7, 2 + 1 + 7)
   assert sorted(grid[grid >= 0]) == list(range(57))
   assert (grid[:4, :2] >= 0).all() and (grid[4:, :3] == -1).all()
 
 
 def test_status_colours_are_distinct_and_at_their_cells() -> None:
-  place = np.asarray([3, 0, 1, 2])
+  position = np.asarray([3, 0, 1, 2])
   activity = np.asarray([REFRESHED, CACHED, PREVIOUS, NOW, REFRESHED, CACHED])
   masked = np.asarray([False, False, False, False, True, True])
   colours = frames.status_colours(activity, masked)
-  cells = frames.cell_positions(place, buffer=2)
+  cells = frames.cell_ranks(position, buffer=2)
   cell = 20
   drawn = frames.token_map(colours, cells, masked, np.zeros(6, bool), cell)
   assert drawn.shape == (2 * cell, (1 + 1 + 2) * cell, 3)
@@ -170,16 +171,16 @@ def plan() -> DecodePlan:
 def recordings(model: Model, plan: DecodePlan) -> list[trace.Recording]:
   """Of two images, for all tests here."""
   ids = [4, 1]
-  return trace.record(model.params, plan, ids, LABELS[ids], seed=3)
+  return trace.record(model.params, plan, ids, LABELS[ids], RunSettings(batch_size=2, seed=3))
 
 
 def test_recording_follows_the_plan(plan: DecodePlan, recordings: list[trace.Recording]) -> None:
   buffer, size = tiny.MODEL.buffer_size, tiny.MODEL.seq_len
   for recording in recordings:
-    assert sorted(recording.place) == list(range(size))
+    assert sorted(recording.position) == list(range(size))
     for k, row in enumerate(plan.rows):
       known = np.zeros(size, bool)
-      known[recording.place[: row.num_known + row.num_predict]] = True
+      known[recording.position[: row.num_known + row.num_predict]] = True
       np.testing.assert_array_equal((recording.tokens[k] != 0).any(axis=-1), known)
       told = trace.counts(plan, recording, k)
       assert told["masked"] == (~known).sum() and told["encoder"]["now"] == 0
@@ -233,9 +234,8 @@ def test_files(model: Model, plan: DecodePlan, tmp_path: pathlib.Path) -> None:
   (directory / "image_00004").mkdir(parents=True)
   (directory / "image_00004" / "iteration_063.png").touch()
   (directory / "image_00004" / "mine.png").touch()
-  trace.run(
-    model, MARCHE, LABELS, [4, 1, 0], out=directory, batch_size=2, seed=3, every=4
-  )  # fmt: skip
+  settings = RunSettings(batch_size=2, seed=3)
+  trace.run(model, MARCHE, LABELS, [4, 1, 0], settings, directory, every=4)
   names = ["image_00000", "image_00001", "image_00004"]
   assert sorted(p.name for p in directory.iterdir()) == sorted(
     [*names, *(f"{name}.gif" for name in names), "trace.json"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
+from marche_jax.config import TRAINING_FIELDS, ModelConfig, SampleConfig, VAEConfig
 from marche_jax.weights import checkpoint
 
 MODEL = ModelConfig(
@@ -71,7 +72,7 @@ def reseal(directory: pathlib.Path, change) -> None:
   body = json.loads(path.read_text())
   del body["sha256"]
   change(body)
-  path.write_text(checkpoint._sealed(body))
+  path.write_text(checkpoint.sealed(body))
 
 
 def test_comes_back_bit_for_bit(saved, params):
@@ -141,6 +142,26 @@ def test_a_config_that_differs_is_refused_by_field(saved):
 def test_fields_of_training_alone_may_differ(saved):
   other = dataclasses.replace(MODEL, attn_dropout=0.0, label_drop_prob=0.5)
   assert checkpoint.load_model(saved, other).config == other
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_every_field_is_of_training_alone_or_must_agree(saved, field):
+  """Images depend on all but those of training; on latent_scale too, by which they are decoded."""
+  value = getattr(MODEL, field)
+  # Twice each side of a division, so that the configuration stays a possible one.
+  other = dataclasses.replace(
+    MODEL, **{field: value / 2 if isinstance(value, float) else 2 * value}
+  )
+  if field in TRAINING_FIELDS:
+    assert checkpoint.load_model(saved, other).config == other
+  else:
+    with pytest.raises(ValueError, match=rf"model\.{field}=.*, stored {re.escape(repr(value))}"):
+      checkpoint.load_model(saved, other)
+
+
+def test_fields_of_training():
+  assert "latent_scale" not in TRAINING_FIELDS
+  assert len(TRAINING_FIELDS) == 5 and all(hasattr(MODEL, field) for field in TRAINING_FIELDS)
 
 
 def test_damage_to_any_stored_byte_is_refused(saved, copied):
