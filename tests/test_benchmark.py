@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_environment, quick_jit
 from PIL import Image
 
 from marche_jax import benchmark
@@ -42,13 +42,13 @@ def start(path: pathlib.Path, *argv: str) -> subprocess.CompletedProcess:
     [sys.executable, "-m", "marche_jax.benchmark", "--config=config.py",
      "--config.sample.num_iter=1", *argv],
     cwd=path, capture_output=True, text=True,
-    env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    env=quick_environment(ROOT, ROOT / "tests"),
   )  # fmt: skip
 
 
 def test_one_policy_and_then_two(tmp_path: pathlib.Path) -> None:
   """The second start takes the program from the cache: weights are no part of it."""
-  params = mar.init_params(tiny.MODEL, jax.random.key(0))
+  params = quick_jit(mar.init_params, static_argnums=0)(tiny.MODEL, jax.random.key(0))
   checkpoint.save_model(tmp_path / "model", "mar", tiny.MODEL, params)
   cache = "--compilation_cache=cache"
   done = start(tmp_path, "--random_weights", "--repeats=1", cache)
@@ -77,7 +77,7 @@ def test_one_policy_and_then_two(tmp_path: pathlib.Path) -> None:
 
 def test_quality(tmp_path: pathlib.Path) -> None:
   """On a model that the classifier cannot judge: differences and pictures, but no plane."""
-  params = mar.init_params(tiny.MODEL, jax.random.key(0))
+  params = quick_jit(mar.init_params, static_argnums=0)(tiny.MODEL, jax.random.key(0))
   checkpoint.save_model(tmp_path / "model", "mar", tiny.MODEL, params)
   done = start(tmp_path, "--quality", "--checkpoint=model", "--num_images=3", "--batch_size=2",
                "--policies=full,full:temperature=0.5", "--quality_out=q",

@@ -36,7 +36,7 @@ def test_two_devices_draw_the_same(model: Model, tmp_path: pathlib.Path) -> None
       [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", "--num_images=5",
        "--batch_size=3", "--save_latents", f"--out={tmp_path / str(devices)}", "--profile",
        "--compilation_cache="],
-      env={**os.environ, "XLA_FLAGS": f"--xla_backend_optimization_level=0 {count}={devices}"},
+      env={**os.environ, "XLA_FLAGS": f"{golden.QUICK_FLAGS} {count}={devices}"},
       capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

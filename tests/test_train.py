@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import pathlib
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_environment
 from golden import quick_programs as quick_programs
 
 from marche_jax import train
@@ -59,7 +59,7 @@ def get_config():
 
 
 def start(work: pathlib.Path, *argv: str) -> subprocess.CompletedProcess[str]:
-  env = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+  env = quick_environment(ROOT / "tests", ROOT)
   return subprocess.run(
     [sys.executable, *argv], cwd=work, env=env, capture_output=True, text=True, check=False
   )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -253,7 +252,7 @@ def test_command(model: Model, tmp_path: pathlib.Path) -> None:
   done = subprocess.run(
     [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", f"--calibrate={path}",
      f"--out={tmp_path / 'out'}", "--compilation_cache="],
-    env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    env=golden.quick_environment(),
     capture_output=True, text=True, timeout=240,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_jit
 from golden import quick_programs as quick_programs
 
 from marche_jax import images
@@ -21,16 +22,11 @@ from marche_jax.weights.checkpoint import Model
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-  @jax.jit
-  def draw() -> mar.Params:
-    params = mar.init_params(tiny.MODEL, jax.random.key(0))
-    # The head starts with zero output and gates; random weights make its samples depend on z.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, leaves)
-
-  return Model(tiny.MODEL, draw(), sample_config=tiny.SAMPLE)
+  fresh = quick_jit(mar.init_params, static_argnums=0)(tiny.MODEL, jax.random.key(0))
+  # The head starts with zero output and gates; random weights make its samples depend on z.
+  rng = np.random.default_rng(1)
+  params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), fresh)
+  return Model(tiny.MODEL, params, sample_config=tiny.SAMPLE)
 
 
 def test_an_image_does_not_depend_on_its_batch(model: Model) -> None:
@@ -105,12 +101,11 @@ VAE = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, embed_dim
 @pytest.mark.parametrize("batch", [1, 3, 9])  # a part of, less and more than the autoencoder's
 def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(pixels, "VAE_BATCH", 4)
-  params = jax.jit(functools.partial(vae.init_params, VAE))(jax.random.key(0))
+  params = golden.random_params(VAE)
   latents = jax.random.normal(jax.random.key(1), (batch, 2, 8, 8))
+  decode = quick_jit(vae.decode, static_argnums=0)
   found = pixels.to_images(Model(WITH_VAE, {}, VAE, params), latents)
-  expected = images.to_uint8(
-    np.asarray(jax.jit(functools.partial(vae.decode, VAE))(params, latents / 0.5))
-  )
+  expected = images.to_uint8(np.asarray(decode(VAE, params, latents / 0.5)))
   assert found.shape == (batch, 16, 16, 3)
   assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # of rounding
 

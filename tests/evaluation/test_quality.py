@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import os
 import pathlib
 import struct
 import subprocess
@@ -13,6 +12,7 @@ import sys
 
 import numpy as np
 import pytest
+from golden import quick_environment
 
 from marche_jax.config import DataConfig, ModelConfig
 from marche_jax.evaluation import quality
@@ -243,7 +243,7 @@ def write_idx(directory: pathlib.Path, split: str, images: np.ndarray, labels: n
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
   command = [sys.executable, str(TOOL), *arguments]
-  environment = os.environ | {"PYTHONPATH": str(ROOT)}  # installed or not
+  environment = quick_environment(ROOT)  # installed or not
   return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -12,6 +12,8 @@ import golden
 import jax
 import numpy as np
 import pytest
+from golden import quick_environment, quick_jit
+from golden import quick_programs as quick_programs
 from PIL import Image
 
 from marche_jax.config import DataConfig, ModelConfig, VAEConfig
@@ -59,12 +61,15 @@ def run_tool(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str
   return subprocess.run(
     [sys.executable, str(TOOL), "--config=config.py", "--data=images", "--vae=vae", *flags],
     cwd=work, capture_output=True, text=True, check=False,
-    env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}:{HERE.parent}"},
+    env=quick_environment(ROOT, HERE, HERE.parent),
   )  # fmt: skip
 
 
+encode = quick_jit(vae.encode, static_argnums=0)
+
+
 def expected_moments(params: vae.Params, images: np.ndarray) -> np.ndarray:
-  return np.asarray(vae.encode(VAE, params, images.astype(np.float32) / 127.5 - 1).moments)
+  return np.asarray(encode(VAE, params, images.astype(np.float32) / 127.5 - 1).moments)
 
 
 def test_the_command_writes_what_training_reads(

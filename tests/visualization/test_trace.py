@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -287,7 +286,7 @@ def test_command(model: Model, tmp_path: pathlib.Path) -> None:
       [sys.executable, "-m", "marche_jax.sample", f"--checkpoint={stored}", "--num_images=2",
        "--policy=marche", "--config.sample.num_iter=2", f"--out={out}", f"--trace={directory}",
        f"--trace_images={images}", "--compilation_cache="],
-      env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+      env=golden.quick_environment(),
       capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
