@@ -58,8 +58,8 @@ def get_config():
 """
 
 
-def start(work: pathlib.Path, *argv: str) -> subprocess.CompletedProcess[str]:
-  env = {**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
+def start(work: pathlib.Path, *argv: str, **variables: str) -> subprocess.CompletedProcess[str]:
+  env = {**os.environ, **variables, "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}"}
   return subprocess.run(
     [sys.executable, *argv], cwd=work, env=env, capture_output=True, text=True, check=False
   )
@@ -183,7 +183,8 @@ def test_an_autoencoder_must_fit_the_model(tmp_path: pathlib.Path) -> None:
 def run_command(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str]:
   (work / "config.py").write_text(CONFIG)
   common = ("--config=config.py", "--compilation_cache=")
-  return start(work, "-m", "marche_jax.train", *common, *flags)
+  quick = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"  # to compile
+  return start(work, "-m", "marche_jax.train", *common, *flags, XLA_FLAGS=quick)
 
 
 def test_the_command_trains_samples_and_exports(tmp_path: pathlib.Path) -> None:
