@@ -105,7 +105,7 @@ def fingerprint(model: Model, weights: str, plan: DecodePlan, settings: Settings
 def directories(
   out: pathlib.Path, model: Model, entries: Sequence[Entry], settings: Settings
 ) -> dict[str, pathlib.Path]:
-  """Where the batches of every entry lie; entries of a policy that decode alike share a place."""
+  """Where the batches of every entry lie; entries of a policy that decode alike share one."""
   weights = weights_digest(model)
   return {
     e.name: out / "batches"
@@ -126,12 +126,12 @@ def draw(
     ValueError: where `out` cannot be written, or images are not finite (`NonFiniteLatentsError`).
   """
   require_decodable(model)
-  places = directories(check_writable(out), model, entries, settings)
+  kept = directories(check_writable(out), model, entries, settings)
   batch_size, dtype = settings.batch_size, settings.dtype
   model = dataclasses.replace(model, params=inference_params(model.params, dtype))
   todo = [
     (start, entry) for start in settings.starts() for entry in entries
-    if not _file(places[entry.name], start).exists()
+    if not _file(kept[entry.name], start).exists()
   ]  # fmt: skip
   runners: dict[str, PlanRunner] = {}
   compile_seconds: dict[str, float] = {}
@@ -148,7 +148,7 @@ def draw(
   compile_to_images(model, batch_size)
   for entry in entries:
     if any(entry is waiting for _, waiting in todo):
-      places[entry.name].mkdir(parents=True, exist_ok=True)
+      kept[entry.name].mkdir(parents=True, exist_ok=True)
       print(f"compiling {entry.name} ...", file=sys.stderr, flush=True)
       runners[entry.name] = PlanRunner(entry.plan, dtype=dtype, head_dtype=dtype)
       compile_seconds[entry.name] = runners[entry.name].compile(model.params, batch_size)
@@ -156,7 +156,7 @@ def draw(
   run = secrets.token_hex(8)
   with image_bar(len(todo) * batch_size, "drawing") as bar:
     for start, entry in todo:
-      file = _file(places[entry.name], start)
+      file = _file(kept[entry.name], start)
       if file.exists():  # another entry decodes in the same way
         bar.update(batch_size)
         continue
@@ -170,11 +170,11 @@ def draw(
   return compile_seconds
 
 
-def _file(place: pathlib.Path, start: int) -> pathlib.Path:
-  return place / f"{start:08d}.npz"
+def _file(directory: pathlib.Path, start: int) -> pathlib.Path:
+  return directory / f"{start:08d}.npz"
 
 
-def collect(place: pathlib.Path, settings: Settings) -> Drawn:
+def collect(directory: pathlib.Path, settings: Settings) -> Drawn:
   """The images of a policy from its batches.
 
   Raises:
@@ -182,7 +182,7 @@ def collect(place: pathlib.Path, settings: Settings) -> Drawn:
   """
   images, latents, seconds, runs = [], [], [], []
   for start in settings.starts():
-    with np.load(_file(place, start), allow_pickle=False) as batch:
+    with np.load(_file(directory, start), allow_pickle=False) as batch:
       images.append(batch["images"])
       latents.append(batch["latents"])
       seconds.append(float(batch["seconds"]) / settings.batch_size)
@@ -252,13 +252,13 @@ def report(
   Raises:
     FileNotFoundError: where a batch is missing.
   """
-  places = directories(out, model, entries, settings)
+  kept = directories(out, model, entries, settings)
   base = baseline(entries)
-  reference = collect(places[base.name], settings)
+  reference = collect(kept[base.name], settings)
   labels = labels_of(0, settings.num_images, model.config)
   found: dict[str, PolicyQuality] = {}
   for entry in entries:
-    drawn = reference if entry is base else collect(places[entry.name], settings)
+    drawn = reference if entry is base else collect(kept[entry.name], settings)
     gain, together = speedup(drawn, reference)
     found[entry.name] = {
       "sample": dataclasses.asdict(entry.sample),
@@ -308,8 +308,8 @@ def example_images(
 ) -> dict[str, np.ndarray]:
   """The first images of every entry, uint8 [count, H, W, channels]; what `compare_images` takes."""
   shown = dataclasses.replace(settings, num_images=min(count, settings.num_images))
-  places = directories(out, model, entries, settings)
-  return {entry.name: collect(places[entry.name], shown).images for entry in entries}
+  kept = directories(out, model, entries, settings)
+  return {entry.name: collect(kept[entry.name], shown).images for entry in entries}
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -53,7 +53,7 @@ STACKS = ("encoder", "decoder")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recording:
-  """What decoding one image did, in R iterations; N positions by rank, buffer first."""
+  """What decoding one image did, in R iterations; N tokens by rank, buffer first."""
 
   image_id: int
   label: int

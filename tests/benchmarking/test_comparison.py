@@ -6,13 +6,14 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
+from numpy.typing import ArrayLike
 
 import marche_jax
 from marche_jax.benchmark import random_params
@@ -101,7 +102,7 @@ def test_an_interrupted_run_goes_on(model: Model, drawn: list[str], tmp_path: pa
 
   original, count = comparison.PlanRunner.run, 0
 
-  def stop_at_fourth(*args: Any) -> Iterator[Chunk]:
+  def stop_at_fourth(*args: object) -> Iterator[Chunk]:
     nonlocal count
     count += 1
     if count == 6:  # the fourth batch: both warm up first
@@ -228,7 +229,7 @@ def test_values_out_of_range(values: tuple[int, int, int], message: str) -> None
     Settings(num_images=values[0], batch_size=values[1], seed=values[2])
 
 
-def make_drawn(images: Any, latents: Any, seconds: list[float], runs: str) -> Drawn:
+def make_drawn(images: ArrayLike, latents: ArrayLike, seconds: list[float], runs: str) -> Drawn:
   return Drawn(np.asarray(images), np.asarray(latents, np.float32), seconds, list(runs))
 
 
@@ -266,7 +267,7 @@ def test_report(
 ) -> None:
   monkeypatch.setattr(comparison, "can_judge", lambda config: True)
 
-  def evaluate(images: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+  def evaluate(images: np.ndarray, labels: np.ndarray) -> quality.Report:
     mean = float(images.mean())
     return {"num_images": len(labels), "recognised": 0.5, "recognised_per_class": [0.5],
             "frechet": mean, "frechet_interval": [mean - 1, mean + 1]}  # fmt: skip

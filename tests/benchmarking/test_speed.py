@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any
 
 import pytest
 import tiny
@@ -14,8 +13,11 @@ from PIL import Image
 from marche_jax.benchmark import random_params
 from marche_jax.benchmarking import profiling, speed, tables
 from marche_jax.benchmarking.entries import Entry, parse_entries
+from marche_jax.benchmarking.reports import SpeedReport
 from marche_jax.benchmarking.timing import Options
 from marche_jax.decoding.state import IDLE
+from marche_jax.models.mar import Params
+from marche_jax.planning.plan import DecodePlan
 from marche_jax.visualization import plots
 
 NAMES = ["marche", "full", "gtr:num_iter=2"]
@@ -43,7 +45,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, entries: list[Entry]) -> list[str]:
   class FakeProgram:
     lower_seconds, compile_seconds, from_cache = 0.25, 0.5, False
 
-    def __init__(self, plan: Any, params: Any, options: Options, one_row: bool = False) -> None:
+    def __init__(
+      self, plan: DecodePlan, params: Params, options: Options, one_row: bool = False
+    ) -> None:
       self.plan, self.params, self.options = plan, params, options
       self.name, self.one_row, self.idle = name_of[id(plan)], one_row, list(IDLE_SECONDS)
       called.append(f"compile {self.name}" + (", one row" if one_row else ""))
@@ -68,7 +72,7 @@ def calls(monkeypatch: pytest.MonkeyPatch, entries: list[Entry]) -> list[str]:
   monkeypatch.setattr(speed, "Program", FakeProgram)
   monkeypatch.setattr(profiling, "matmul_peak", lambda dtype: PEAK)
 
-  def split(plan: Any, params: Any, batch_size: int, *_: Any) -> dict[str, float]:
+  def split(plan: DecodePlan, params: Params, batch_size: int, *_: object) -> dict[str, float]:
     scale = SECONDS[name_of[id(plan)]][0] / 8
     return {part: scale * value for part, value in PARTS.items()}
 
@@ -76,11 +80,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, entries: list[Entry]) -> list[str]:
   return called
 
 
-def compare(entries: list[Entry], **options: Any) -> dict[str, Any]:
+def compare(entries: list[Entry], **options: object) -> SpeedReport:
   params = random_params(tiny.MODEL)
-  report = {"name": "tiny"} | speed.compare(
-    tiny.MODEL, params, entries, Options(batch_size=2, **options)
-  )
+  found = speed.compare(tiny.MODEL, params, entries, Options(batch_size=2, **options))
+  report: SpeedReport = {"name": "tiny", "weights": "random", **found}
   assert json.loads(json.dumps(report)) == json.loads(json.dumps(report, allow_nan=False))
   return report
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 
 from marche_jax.benchmark import random_params
 from marche_jax.benchmarking import timing
@@ -74,11 +75,19 @@ def params() -> dict:
   return random_params(tiny.MODEL)
 
 
-def test_rows_run_one_at_a_time(params: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-  """In the order asked for, after an idle row that changes nothing; memory adds up."""
+@pytest.fixture(scope="module")
+def one_row(params: dict) -> Program:
+  """Of a plan with two rows, which two tests time."""
   (entry,) = parse_entries(["marche:num_iter=2"], tiny.MODEL, tiny.SAMPLE)
-  program = Program(entry.plan, params, Options(batch_size=2), one_row=True)
-  assert len(program.rows) == len(entry.plan.rows) and program.compile_seconds > 0
+  return Program(entry.plan, params, Options(batch_size=2), one_row=True)
+
+
+def test_rows_run_one_at_a_time(
+  params: dict, one_row: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """In the order asked for, after an idle row that changes nothing; memory adds up."""
+  program, plan = one_row, one_row.plan
+  assert len(program.rows) == len(plan.rows) and program.compile_seconds > 0
   state = program.start()
   tokens, cached = np.asarray(state.tokens), np.asarray(state.decoder_cache.k)
   idle = dataclasses.replace(program.rows[0], shape_id=np.full(1, IDLE, np.int32))
@@ -94,20 +103,19 @@ def test_rows_run_one_at_a_time(params: dict, monkeypatch: pytest.MonkeyPatch) -
   )
   found = program.time_rows([0, 1])
   assert list(found) == [IDLE, 0, 1] and min(found.values()) > 0
-  assert called == [IDLE, IDLE, entry.plan.rows[0].shape_id, entry.plan.rows[1].shape_id]
+  assert called == [IDLE, IDLE, plan.rows[0].shape_id, plan.rows[1].shape_id]
 
   memory = program.memory()
   total = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporary"]
   assert memory["peak"] == total > 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert memory["aliased"] > 2 * entry.plan.cache_bytes_per_image  # the state is donated
+  assert memory["aliased"] > 2 * plan.cache_bytes_per_image  # the state is donated
   assert json.loads(json.dumps(memory)) == memory
 
 
 def test_what_a_call_costs_is_taken_from_its_own_round(
-  params: dict, monkeypatch: pytest.MonkeyPatch
+  one_row: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  (entry,) = parse_entries(["marche:num_iter=2"], tiny.MODEL, tiny.SAMPLE)
-  program = Program(entry.plan, params, Options(batch_size=2), one_row=True)
+  program = one_row
   seconds = iter([9.0, 0.25, 1.25, 2.25])  # takes the memory, idle, two rows
   monkeypatch.setattr(program, "call", lambda state, rows: (next(seconds), state, None))
   assert program.time_rows([0, 1]) == {IDLE: 0.25, 0: 1.0, 1: 2.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,16 @@ from marche_jax.weights.checkpoint import Model
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-  params = mar.init_params(tiny.MODEL, jax.random.key(0))
-  # The head starts with zero output and gates; random weights make its samples depend on z.
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-  return Model(tiny.MODEL, jax.tree.unflatten(tree, leaves), sample_config=tiny.SAMPLE)
+  @jax.jit
+  def draw() -> mar.Params:
+    params = mar.init_params(tiny.MODEL, jax.random.key(0))
+    # The head starts with zero output and gates; random weights make its samples depend on z.
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, leaves)
+
+  return Model(tiny.MODEL, draw(), sample_config=tiny.SAMPLE)
 
 
 def test_an_image_does_not_depend_on_its_batch(model: Model) -> None:
@@ -100,10 +105,12 @@ VAE = VAEConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=2, embed_dim
 @pytest.mark.parametrize("batch", [1, 3, 9])  # a part of, less and more than the autoencoder's
 def test_images_are_decoded_in_parts(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(pixels, "VAE_BATCH", 4)
-  params = vae.init_params(VAE, jax.random.key(0))
+  params = jax.jit(functools.partial(vae.init_params, VAE))(jax.random.key(0))
   latents = jax.random.normal(jax.random.key(1), (batch, 2, 8, 8))
   found = pixels.to_images(Model(WITH_VAE, {}, VAE, params), latents)
-  expected = images.to_uint8(np.asarray(vae.decode(VAE, params, latents / 0.5)))
+  expected = images.to_uint8(
+    np.asarray(jax.jit(functools.partial(vae.decode, VAE))(params, latents / 0.5))
+  )
   assert found.shape == (batch, 16, 16, 3)
   assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1  # of rounding
 

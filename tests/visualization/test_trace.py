@@ -10,10 +10,10 @@ import subprocess
 import sys
 
 import golden
-import jax
 import numpy as np
 import pytest
 import tiny
+from golden import quick_programs as quick_programs
 from PIL import Image
 
 from marche_jax import sample
@@ -170,13 +170,9 @@ def plan() -> DecodePlan:
 
 @pytest.fixture(scope="module")
 def recordings(model: Model, plan: DecodePlan) -> list[trace.Recording]:
-  """Of two images; compiled quickly, for all tests here."""
+  """Of two images, for all tests here."""
   ids = [4, 1]
-  jax.config.update("jax_disable_most_optimizations", True)
-  try:
-    return trace.record(model.params, plan, ids, LABELS[ids], RunSettings(batch_size=2, seed=3))
-  finally:
-    jax.config.update("jax_disable_most_optimizations", False)
+  return trace.record(model.params, plan, ids, LABELS[ids], RunSettings(batch_size=2, seed=3))
 
 
 def test_recording_follows_the_plan(plan: DecodePlan, recordings: list[trace.Recording]) -> None:
