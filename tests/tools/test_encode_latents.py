@@ -21,18 +21,16 @@ from marche_jax.models import vae
 from marche_jax.training import sources
 from marche_jax.weights import checkpoint
 
-HERE = pathlib.Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "encode_latents.py"
 MODEL = ModelConfig(img_size=8, vae_stride=2, vae_embed_dim=3, class_num=2)
 VAE = VAEConfig(
   ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), z_channels=3, embed_dim=3
 )
-CONFIG = """
-from marche_jax.config import Config, mutable
-from test_encode_latents import MODEL, VAE
+CONFIG = f"""
+from marche_jax.config import Config, ModelConfig, VAEConfig, mutable
 def get_config():
-  return mutable(Config(model=MODEL, vae=VAE))
+  return mutable(Config(model={MODEL!r}, vae={VAE!r}))
 """
 
 _spec = importlib.util.spec_from_file_location("encode_latents", TOOL)
@@ -61,7 +59,7 @@ def run_tool(work: pathlib.Path, *flags: str) -> subprocess.CompletedProcess[str
   return subprocess.run(
     [sys.executable, str(TOOL), "--config=config.py", "--data=images", "--vae=vae", *flags],
     cwd=work, capture_output=True, text=True, check=False,
-    env=quick_environment(ROOT, HERE, HERE.parent),
+    env=quick_environment(ROOT),
   )  # fmt: skip
 
 
