@@ -1,4 +1,4 @@
-"""Files: writing aside, and directories that can be written.
+"""Files: writing aside, directories that can be written, and paths as users type them.
 
 Everything that writes a file goes through `atomic_write`, so that a reader (or a run that was
 killed) finds either the whole file or none.
@@ -54,3 +54,24 @@ def check_writable(directory: str | os.PathLike[str]) -> pathlib.Path:
     reason = error.strerror or str(error)
     raise ValueError(f"{directory}: expected a directory that can be written: {reason}") from error
   return directory
+
+
+def user_path(text: str | os.PathLike[str], flag: str) -> pathlib.Path:
+  """The path that a user typed: `~` is the home directory, as in a shell.
+
+  A shell expands `~` in `--out ~/x` but not in `--out=~/x`, and no program does for a library's
+  caller; without this a directory named `~` appears.
+
+  Args:
+    text: what was typed.
+    flag: what it was given for, as messages name it: `--out`, or an argument's name.
+
+  Raises:
+    ValueError: for an empty text, or a home directory that is not known; names the flag.
+  """
+  if not os.fspath(text):
+    raise ValueError(f"{flag}: expected a path, found an empty text")
+  try:
+    return pathlib.Path(text).expanduser()
+  except RuntimeError as error:  # `~nobody`, or a user id without an entry and without HOME
+    raise ValueError(f"{flag}={os.fspath(text)}: {error}") from error

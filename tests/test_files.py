@@ -1,4 +1,4 @@
-"""Writing aside, and directories that can be written."""
+"""Writing aside, directories that can be written, paths as users type them."""
 
 from __future__ import annotations
 
@@ -77,3 +77,18 @@ def test_check_writable_names_a_directory_without_permission(tmp_path, monkeypat
   monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
   with pytest.raises(ValueError, match=r"new.*Permission denied"):
     files.check_writable(tmp_path / "new")
+
+
+def test_user_path_expands_the_home_directory(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert files.user_path("~/models/a", "--checkpoint") == tmp_path / "models" / "a"
+  assert files.user_path(pathlib.Path("~"), "directory") == tmp_path
+  for text in ("relative/~/x", "/a/b", "."):
+    assert files.user_path(text, "--out") == pathlib.Path(text)
+
+
+def test_user_path_refuses_no_path_and_no_home_by_the_flag():
+  with pytest.raises(ValueError, match=r"--out: expected a path, found an empty text"):
+    files.user_path("", "--out")
+  with pytest.raises(ValueError, match=r"--src=~nobody-at-all/x: .*home directory"):
+    files.user_path("~nobody-at-all/x", "--src")

@@ -36,6 +36,7 @@ from marche_jax.images import grid, write_png
 from marche_jax.models.mar import inference_params
 from marche_jax.planning.policies import make_plan
 from marche_jax.progress import image_bar
+from marche_jax.versions import versions
 from marche_jax.weights.checkpoint import Model
 
 CALLS = 8
@@ -268,7 +269,7 @@ def run(
   device = jax.devices()[0]
   report: Report = {
     **job.asked,
-    "versions": profiling.versions(),
+    "versions": versions(),
     "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     "compile_seconds": compile_seconds,
     "run_seconds": run_seconds,
