@@ -26,6 +26,7 @@ from typing import NoReturn
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
+from ml_collections.config_flags.config_flags import ConfigFileFlagParser
 
 from marche_jax import config as config_lib
 from marche_jax.config import Config
@@ -54,7 +55,7 @@ class _BadConfigError(flags.Error):
   """A configuration file that does not give a configuration."""
 
 
-class _ConfigFileParser(config_flags.ConfigFileFlagParser):  # type: ignore[misc]
+class _ConfigFileParser(ConfigFileFlagParser):
   """Names the file, and the line of it, whatever goes wrong in there."""
 
   def parse(self, path: str) -> object:
@@ -137,7 +138,7 @@ def enable_compilation_cache() -> None:
 def _can_be_written(directory: pathlib.Path) -> bool:
   """Whether a directory can be written, or made where it is missing; makes nothing."""
   existing = next(path for path in (directory.absolute(), *directory.absolute().parents)
-                  if path.exists())  # fmt: skip
+                  if os.path.exists(path))  # fmt: skip
   return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
@@ -174,8 +175,8 @@ def run(main: Callable[[], None]) -> NoReturn:
       for number in (signal.SIGINT, signal.SIGTERM):  # no traceback from the exit of libraries
         signal.signal(number, signal.SIG_IGN)
       terminated = isinstance(interrupt, _Terminated)
-      notes = getattr(interrupt, "__notes__", ["the same command starts anew"])
-      say(f"{'terminated' if terminated else 'interrupted'}: {'; '.join(notes)}")
+      ended = "terminated" if terminated else "interrupted"
+      say(": ".join([ended, *getattr(interrupt, "__notes__", [])[:1]]))
       sys.exit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
     except (ValueError, OSError, ImportError) as error:
       if logging.vlog_is_on(1):
