@@ -23,15 +23,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   removed and `path` stays what it was.
 
   Raises:
-    OSError: where the directory is missing or cannot be written, or the block wrote nothing.
+    OSError: where the directory is missing or cannot be written, or the block wrote nothing; names
+      `path`.
   """
   target = pathlib.Path(path)
   aside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}.tmp{target.suffix}")
   try:
-    yield aside
-    aside.replace(target)
+    with naming(target, aside):
+      yield aside
+      aside.replace(target)
   finally:
-    aside.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # of a missing directory that is a file, for one
+      aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(target: pathlib.Path, aside: pathlib.Path) -> Iterator[None]:
+  """Names `target` in an OSError that names nothing (a full disk), or `aside`, where it is made."""
+  try:
+    yield
+  except OSError as error:
+    if error.errno is None or error.filename not in (None, str(aside), aside):
+      raise
+    raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def check_writable(directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -54,6 +68,29 @@ def check_writable(directory: str | os.PathLike[str]) -> pathlib.Path:
     reason = error.strerror or str(error)
     raise ValueError(f"{directory}: expected a directory that can be written: {reason}") from error
   return directory
+
+
+def check_file_writable(path: str | os.PathLike[str], flag: str) -> pathlib.Path:
+  """As `check_writable`, for a file: creates the directory that it is to lie in.
+
+  Args:
+    path: of the file, which may be there already.
+    flag: what it was given for, as messages name it.
+
+  Returns:
+    the path.
+
+  Raises:
+    ValueError: where it is a directory, or cannot be written; names flag and path.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise ValueError(f"{flag}={path}: expected a file, found a directory")
+  try:
+    check_writable(path.absolute().parent)
+  except ValueError as error:
+    raise ValueError(f"{flag}={path}: {error}") from error
+  return path
 
 
 def user_path(text: str | os.PathLike[str], flag: str) -> pathlib.Path:

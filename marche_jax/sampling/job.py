@@ -167,8 +167,7 @@ class Job:
     """Names what the images depend on; of the code, its version."""
     described = json.dumps([self.asked, self.environment])
     digest = hashlib.sha256(described.encode() + self.labels.tobytes())
-    for leaf in jax.tree.leaves((model.params, model.vae_params)):
-      digest.update(np.asarray(leaf).tobytes())
+    digest.update(model.weights_digest.encode())
     return digest.hexdigest()[:16]
 
   def _parts(self) -> dict[int, pathlib.Path]:

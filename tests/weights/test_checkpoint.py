@@ -200,11 +200,132 @@ def test_an_edited_config_is_refused(copied):
 
 def test_another_format_or_an_unknown_field_is_refused(copied):
   reseal(copied, lambda body: body.update(format=2))
-  with pytest.raises(ValueError, match=rf"{copied}: format=2: expected 1"):
+  with pytest.raises(ValueError, match=rf"{copied}: mar/config\.json: format=2: expected 1"):
     checkpoint.load_model(copied)
   reseal(copied, lambda body: body.update(format=1, config={**body["config"], "surprise": 1}))
-  with pytest.raises(ValueError, match=rf"{copied}: unknown field surprise"):
+  with pytest.raises(ValueError, match=rf"{copied}: mar/config\.json: unknown field surprise"):
     checkpoint.load_model(copied)
+
+
+def _file(body) -> dict[str, object]:
+  return next(iter(body["files"].values()))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda b: b.pop("format"), "format=None: expected 1"),
+    (lambda b: b.pop("kind"), "missing field kind"),
+    (lambda b: b.pop("dtype"), "missing field dtype"),
+    (lambda b: b.pop("files"), "missing field files"),
+    (lambda b: b.update(notes="x"), "unknown field notes"),
+    (lambda b: b.update(kind="vae"), "kind='vae': expected 'mar'"),
+    (lambda b: b.update(dtype="float64"), "dtype='float64': expected one of float32"),
+    (lambda b: b.update(dtype=["float32"]), r"dtype=\['float32'\]: expected one of float32"),
+    (lambda b: b.update(config=None), "config=None: expected fields"),
+    (lambda b: b.update(sample=[]), r"sample=\[\]: expected fields"),
+    (lambda b: b.update(files={}), r"files=\{\}: expected every file in params/"),
+    (lambda b: b.update(files=[1]), r"files=\[1\]: expected every file in params/"),
+    (lambda b: b["files"].update({"/etc/passwd": _file(b)}), "'/etc/passwd': expected a path"),
+    (lambda b: b["files"].update({"params/../../x": _file(b)}), r"'params/\.\./\.\./x': expected"),
+    (lambda b: b["files"].update({"config.json": _file(b)}), r"'config\.json': expected a path"),
+    (lambda b: b["files"].update({"params/x": {}}), "params/x: expected bytes and sha256"),
+    (lambda b: b["files"].update({"params/x": 3}), "params/x: expected bytes and sha256"),
+    (lambda b: _file(b).update(bytes="264"), "expected bytes and sha256, found .*'264'"),
+    (lambda b: _file(b).update(sha256="0" * 63), "expected bytes and sha256"),
+    (lambda b: _file(b).update(sha256=None), "expected bytes and sha256"),
+  ],
+)
+def test_a_config_of_other_fields_is_refused_by_file_and_field(copied, change, message):
+  """Sealed, as by another program: nothing of it is an error inside the loader."""
+  reseal(copied, change)
+  with pytest.raises(ValueError, match=rf"^checkpoint {copied}: mar/config\.json: .*{message}"):
+    checkpoint.load_model(copied)
+  with pytest.raises(ValueError, match=message):
+    checkpoint.load_part(copied, "mar")
+
+
+def test_a_file_without_a_digest_is_refused(copied):
+  """Orbax would read it: a second manifest changes every array."""
+  names = [
+    p.relative_to(copied / "mar").as_posix() for p in stored_files(copied / "mar" / "params")
+  ]
+  for name in names:  # named in turn as if the digests did not know it
+    content = (copied / "mar" / "config.json").read_text()
+    reseal(copied, lambda body, name=name: body["files"].pop(name))
+    with pytest.raises(ValueError, match=rf"mar/{name} is not listed in mar/config\.json"):
+      checkpoint.load_model(copied)
+    (copied / "mar" / "config.json").write_text(content)
+  (copied / "mar" / "notes.txt").write_text("beside params/: nobody reads it")
+  checkpoint.load_model(copied)
+  (copied / "mar" / "params" / "more").symlink_to(copied)
+  with pytest.raises(ValueError, match=r"mar/params/more is not listed"):
+    checkpoint.load_model(copied)
+
+
+def test_a_link_out_of_the_checkpoint_is_refused(copied, tmp_path):
+  name = stored_files(copied / "mar" / "params")[0]
+  name.rename(tmp_path / "elsewhere")
+  name.symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(ValueError, match=rf"mar/params/.*{name.name} is a link out of mar/"):
+    checkpoint.load_model(copied)
+  (tmp_path / "elsewhere").rename(name)
+  (tmp_path / "link").symlink_to(copied)  # the directory itself may lie anywhere
+  checkpoint.load_model(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+  ("name", "other", "message"),
+  [
+    ("mask_token", np.zeros((1 << 20, 1), np.float32), r"shape \(1048576, 1\), expected \(1, 1"),
+    ("mask_token", np.zeros((1, 1, 24), np.float16), r"dtype float16, expected float32"),
+    ("mask_token", np.zeros((1, 1, 24), np.int32), r"dtype int32, expected a float"),
+    ("extra", np.zeros(2, np.float32), r"unknown parameter extra"),
+  ],
+)
+def test_stored_arrays_of_another_shape_are_never_made(
+  copied, params, name, other, message, monkeypatch
+):
+  """Sealed with valid digests; the stored shape is a number, which costs nothing to make large."""
+  stored = copied / "mar" / "params"
+  shutil.rmtree(stored)
+  checkpoint.ocp.save(stored, {**params, name: other})
+  entries = {
+    f"params/{p.relative_to(stored).as_posix()}": {
+      "bytes": p.stat().st_size, "sha256": checkpoint._sha256(p)
+    }
+    for p in stored_files(stored)
+  }  # fmt: skip
+  reseal(copied, lambda body: body.update(files=entries))
+
+  def load(*args):
+    raise AssertionError("arrays were made before their shapes were looked at")
+
+  monkeypatch.setattr(checkpoint.ocp, "load", load)
+  with pytest.raises(ValueError, match=rf"checkpoint {copied}: mar: .*{name}.*") as error:
+    checkpoint.load_model(copied)
+  assert re.search(message, str(error.value))
+
+
+def test_the_home_directory(saved, params, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(saved.parent))
+  assert checkpoint.load_model(f"~/{saved.name}").config == MODEL
+  assert checkpoint.load_part(f"~/{saved.name}", "mar")[0] == MODEL
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  checkpoint.save_model("~/new", "mar", MODEL, params)
+  assert [p.name for p in tmp_path.iterdir()] == ["new"]
+  with pytest.raises(ValueError, match="expected a path, found an empty text"):
+    checkpoint.load_model("")
+
+
+def test_the_digest_of_weights(saved, params):
+  model = checkpoint.load_model(saved)
+  assert re.fullmatch("[0-9a-f]{64}", model.weights_digest)
+  assert checkpoint.load_model(saved).weights_digest == model.weights_digest
+  changed = dict(params, mask_token=params["mask_token"] + 1)
+  assert dataclasses.replace(model, params=changed).weights_digest != model.weights_digest
+  assert dataclasses.replace(model, vae_params=changed).weights_digest != model.weights_digest
 
 
 def test_fields_younger_than_the_checkpoint_take_their_defaults(copied):
