@@ -59,6 +59,8 @@ class _ConfigFileParser(ConfigFileFlagParser):
   """Names the file, and the line of it, whatever goes wrong in there."""
 
   def parse(self, path: str) -> object:
+    # The module of a file that was read before would lend this one what it does not define.
+    sys.modules.pop(f"{self.name}_config", None)
     try:
       config = super().parse(path)
       getattr(config, "frozen_class", None)  # a file that was not read is reported at first use

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import golden
 import numpy as np
@@ -92,3 +94,56 @@ def test_plan_of_a_configuration_needs_no_checkpoint(tmp_path: pathlib.Path) -> 
   )  # fmt: skip
   assert result.returncode == 0, result.stderr
   assert result.stdout.splitlines()[:-1] == wanted.table().splitlines()
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--out="], "--out: expected a path"),
+    (["--policy="], "--policy: expected a policy"),
+    (["--checkpoint="], "--checkpoint: expected a path"),
+    (["--config.sample.num_iter=50", "--trace=~/trace"], "sample.num_iter=50"),
+    (["--config.sample.num_iter=50", "--calibrate=~/plans/a.json"], "sample.num_iter=50"),
+  ],
+)  # fmt: skip
+def test_a_refused_command_makes_nothing(
+  tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+  monkeypatch.setenv("HOME", str(tmp_path))
+  done = subprocess.run(
+    [sys.executable, "-m", "marche_jax.sample", "--out=~/out", "--compilation_cache=", *arguments],
+    cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 1 and done.stderr.startswith(f"error: {message}"), done.stderr
+  assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_command_goes_on(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Also: ~ is the home directory, and a second run in the same place is refused."""
+  checkpoint.save_model(
+    tmp_path / "model", "mar", tiny.MODEL, model.params, sample_config=tiny.SAMPLE
+  )
+  environment = {**golden.quick_environment(ROOT), "HOME": str(tmp_path)}
+  arguments = [sys.executable, "-m", "marche_jax.sample", "--checkpoint=~/model", "--out=~/out",
+               "--num_images=4000", "--batch_size=4", "--compilation_cache="]  # fmt: skip
+  running = subprocess.Popen(
+    arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  out = tmp_path / "out"
+  while running.poll() is None and not list(out.rglob("0*.npz")):
+    time.sleep(0.05)
+  os.kill(running.pid, signal.SIGSTOP)
+  second = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+  assert second.returncode == 1 and len(second.stderr.splitlines()) == 1
+  assert f"process {running.pid} on " in second.stderr
+  os.kill(running.pid, signal.SIGTERM)
+  os.kill(running.pid, signal.SIGCONT)
+  _, errors = running.communicate(timeout=60)
+  assert running.returncode == 143
+  assert errors.splitlines()[-1].startswith("terminated: ") and "Traceback" not in errors
+  assert f"of 4000 images are kept in {out / 'partial'}" in errors
+  assert [p.name for p in out.iterdir()] == ["partial"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import pathlib
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import tiny
 from golden import quick_environment
 from golden import quick_programs as quick_programs
 
-from marche_jax import train
+from marche_jax import lock, train
 from marche_jax.config import ModelConfig, VAEConfig
 from marche_jax.training import data, trainer
 from marche_jax.weights import checkpoint
@@ -152,8 +153,57 @@ def test_the_export_is_a_model(
   assert_equal(model.params, state.ema)
 
   monkeypatch.setattr(trainer, "load_ema", None)  # the place is refused before anything is read
-  with pytest.raises(ValueError, match="holds a 'mar' already"):
+  again = "holds a 'mar' already.*: take another --export, or remove .*model"
+  with pytest.raises(ValueError, match=again):
     train.export(config, run, str(tmp_path / "model"), "float32")
+
+
+def test_a_run_of_another_model_or_data_is_named(
+  tmp_path: pathlib.Path, whole: tuple[pathlib.Path, trainer.TrainState]
+) -> None:
+  run, _ = whole
+  make_data(tmp_path)
+  config = tiny.config(tmp_path / "data")
+  deeper = dataclasses.replace(config, model=dataclasses.replace(tiny.MODEL, encoder_depth=3))
+  message = (
+    r"run/checkpoints/15: of another model: encoder_blocks/fc1/bias is \[2, 64\], "
+    r"expected \[3, 64\]"
+  )
+  before = sorted(run.rglob("*"))
+  with pytest.raises(ValueError, match=message):
+    trainer.train(deeper, run)
+  with pytest.raises(ValueError, match=message):
+    trainer.load_ema(run, deeper.model)
+  with pytest.raises(ValueError, match="run: state of the data: seed="):
+    trainer.train(tiny.config(tmp_path / "data", seed=5), run)
+  with lock.only_run(run), pytest.raises(ValueError, match="writes there since"):
+    trainer.train(config, run)
+  assert sorted(run.rglob("*")) == before
+
+
+def test_a_finished_run_is_left_as_it_is(
+  tmp_path: pathlib.Path, whole: tuple[pathlib.Path, trainer.TrainState]
+) -> None:
+  run, state = whole
+  make_data(tmp_path)
+  assert_equal(trainer.train(tiny.config(tmp_path / "data"), run), state)
+
+
+@pytest.mark.parametrize(
+  ("last", "kept"), [(2, "no checkpoint was due yet"), (4, "run/checkpoints/3 is kept")]
+)
+def test_an_interrupt_says_what_is_kept(tmp_path: pathlib.Path, last: int, kept: str) -> None:
+  make_data(tmp_path)
+
+  def interrupt(params: object, update: int) -> None:
+    if update == last:
+      raise KeyboardInterrupt
+
+  with pytest.raises(KeyboardInterrupt) as caught:
+    trainer.train(tiny.config(tmp_path / "data", sample_every=1), tmp_path / "run", interrupt)
+  (note,) = caught.value.__notes__
+  assert kept in note
+  assert not (tmp_path / "run" / lock.NAME).exists()
 
 
 def test_no_run_to_export(tmp_path: pathlib.Path) -> None:
@@ -199,6 +249,9 @@ def test_the_command_trains_samples_and_exports(tmp_path: pathlib.Path) -> None:
   events = list((run / "tensorboard").glob("events.out.tfevents.*"))
   assert len(events) == 1 and events[0].stat().st_size > 0
 
+  end = "--export=DIR writes the EMA weights of runs/tiny/checkpoints/5 as a model"
+  assert done.stdout == f"runs/tiny: trained to the end, 5 updates; {end}\n"
+
   done = run_command(tmp_path, "--export=model", "--export_dtype=float16")
   assert (done.returncode, done.stderr) == (0, "")
   assert done.stdout == "model: EMA weights of update 5\n"
@@ -214,6 +267,8 @@ def test_the_command_trains_samples_and_exports(tmp_path: pathlib.Path) -> None:
     ),
     (["--vae=absent"], "checkpoint absent: no such directory"),
     (["--workdir=typo", "--export=model"], "typo: expected the directory of a training run"),
+    (["--workdir="], "--workdir: expected a path"),
+    (["--config.data.path=absent"], ""),
   ],
 )
 def test_a_mistake_ends_the_command_at_once(

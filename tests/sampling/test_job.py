@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import hashlib
 import json
 import pathlib
+from types import SimpleNamespace
 
 import golden
 import jax
@@ -15,6 +18,7 @@ from golden import quick_programs as quick_programs
 from PIL import Image
 
 from marche_jax.decoding.generation import RunSettings
+from marche_jax.lock import only_run
 from marche_jax.sampling import job
 from marche_jax.weights.checkpoint import Model
 
@@ -114,6 +118,106 @@ def test_other_weights_do_not_go_on_with_the_old_batches(
   assert [j.num_missing() for j in jobs] == [4, 6]
   assert len({j.partial for j in jobs}) == 2
   assert jobs[1].others() == [jobs[0].partial] and jobs[0].others() == []
+
+
+@pytest.mark.parametrize("what", ["version", "device"])
+def test_other_versions_and_devices_do_not_go_on_with_the_old_batches(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+  draw_one_batch(model, tmp_path)
+  if what == "version":
+    monkeypatch.setattr(job, "versions", lambda: {"jax": "0.0.1"})
+  else:
+    device = SimpleNamespace(device_kind="other", platform="cpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+  labels = job.choose_labels(None, 6, tiny.MODEL.class_num)
+  other = job.Job(model, tiny.SAMPLE, labels, RunSettings(batch_size=2, seed=3), tmp_path)
+  assert other.num_missing() == 6 and len(other.others()) == 1
+
+
+def test_versions_are_known_before_anything_is_drawn(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def missing() -> dict[str, str]:
+    raise RuntimeError("no version")
+
+  monkeypatch.setattr(job, "versions", missing)
+  monkeypatch.setattr(job, "draw_batch", None)
+  with pytest.raises(RuntimeError, match="no version"):
+    draw(model, tmp_path / "out")
+  assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_leaves_the_batches_of_the_first(model: Model, tmp_path: pathlib.Path) -> None:
+  draw_one_batch(model, tmp_path)
+  before = sorted(tmp_path.rglob("*"))
+  with only_run(tmp_path), pytest.raises(ValueError, match="writes there since"):
+    draw(model, tmp_path, batch_size=2)
+  assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_interrupt_says_what_is_kept(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  draw_one_batch(model, tmp_path)
+  monkeypatch.setattr(job, "draw_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt) as caught:
+    draw(model, tmp_path, batch_size=2)
+  (note,) = caught.value.__notes__
+  assert note.startswith(f"2 of 6 images are kept in {tmp_path / 'partial'}")
+  assert [p.name for p in tmp_path.iterdir()] == ["partial"]
+
+
+def test_report_and_samples_belong_together(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  report = draw(model, tmp_path)
+  digest = hashlib.sha256((tmp_path / "samples.npz").read_bytes()).hexdigest()
+  assert report["samples_sha256"] == digest
+
+  monkeypatch.setattr(job, "write_png", lambda *_, **__: (_ for _ in ()).throw(OSError("full")))
+  with pytest.raises(OSError, match="full"):
+    draw(model, tmp_path, num=2)
+  with np.load(tmp_path / "samples.npz") as file:
+    assert len(file["arr_0"]) == 2
+  assert not (tmp_path / "report.json").exists()
+  monkeypatch.undo()
+  assert draw(model, tmp_path, num=2)["images_drawn"] == 0
+
+
+def test_a_full_disk_is_named(
+  model: Model, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(np, "savez", full)
+  with pytest.raises(OSError, match=r"No space left on device: '.*partial.*00000000.npz'"):
+    draw(model, tmp_path)
+  monkeypatch.undo()
+  monkeypatch.setattr(np.lib.format, "write_array_header_2_0", full)
+  with pytest.raises(OSError, match=r"No space left on device: '.*samples.npz'"):
+    draw(model, tmp_path)
+
+
+def test_the_report_says_what_ran(model: Model, tmp_path: pathlib.Path) -> None:
+  """Turbo decides on iterations, solver and diffusion steps, whatever the configuration says."""
+  config = dataclasses.replace(tiny.SAMPLE, policy="turbo", num_iter=16, num_sampling_steps=50)
+  labels = job.choose_labels(None, 2, tiny.MODEL.class_num)
+  drawing = job.Job(model, config, labels, RunSettings(batch_size=2, seed=3), tmp_path)
+  effective = drawing.effective()
+  assert drawing.asked["sample"]["solver"] == "ddpm" and effective["solver"] == "dpm++"
+  assert effective["iterations"] == len(drawing.plan.rows) == 4
+  assert effective["diffusion_steps"] == [9, 9]
+  low, high = effective["guidance"]
+  assert 1 < low < high <= 2
+  plain = dataclasses.replace(tiny.SAMPLE, cfg=1.0)
+  drawing = job.Job(model, plain, labels, RunSettings(batch_size=2, seed=3), tmp_path)
+  assert drawing.effective() == {
+    "iterations": 4, "diffusion_steps": [4, 4], "solver": "ddpm", "guidance": [1.0, 1.0],
+    "temperature": 1.0,
+  }  # fmt: skip
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
