@@ -2,7 +2,7 @@
 
 Without a flag it samples the embedded Fashion-MNIST model. Finished batches are kept in
 `--out/partial` until the end, so a run that was interrupted and is started again with the same
-settings goes on where it was.
+settings, versions and devices goes on where it was.
 """
 
 from __future__ import annotations
