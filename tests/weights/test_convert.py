@@ -442,7 +442,7 @@ def watch():
   while True:
     peak = max(peak, anonymous())
     time.sleep(0.005)
-import marche_jax
+import marche_jax.weights.checkpoint
 from marche_jax.config import ModelConfig
 if {with_torch}:
   import torch
