@@ -115,7 +115,7 @@ def measure_speed() -> None:
   else:
     loaded, sample = load(values.checkpoint, values["config"])
     model, params, weights = loaded.config, loaded.params, values.checkpoint or "embedded"
-    entries = parse_entries(asked(sample), model, sample)
+    entries = parse_entries(asked(sample), model, sample, lambda: loaded.weights_digest)
   if values.plot and len(entries) == 1:
     raise ValueError("--plot: expected several policies to compare, found one")
   found = speed.compare(model, params, entries, options, progress=say)
@@ -132,7 +132,9 @@ def measure_quality() -> None:
   """Draws and judges the same images under several policies."""
   values = flags.FLAGS
   model, sample = load(values.checkpoint, values["config"])
-  entries = parse_entries(asked(sample, all_entries(sample)), model.config, sample)
+  entries = parse_entries(
+    asked(sample, all_entries(sample)), model.config, sample, lambda: model.weights_digest
+  )
   settings = comparison.Settings(
     num_images=values.num_images,
     batch_size=250 if values.batch_size is None else values.batch_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from absl import flags
@@ -89,7 +90,8 @@ def main() -> None:
   policy = values.policy
   if values.calibrate is not None and policy is None and sample_config.policy == "full":
     policy = "marche"
-  sample_config = under_policy(policy, model.config, sample_config, asked)
+  weights = lambda: model.weights_digest
+  sample_config = under_policy(policy, model.config, sample_config, asked, weights)
   if values.calibrate is not None:
     write_calibrated(values.calibrate, model, sample_config)
     return
@@ -147,7 +149,11 @@ def asked_fields(config_flag: flags.Flag) -> list[str]:
 
 
 def under_policy(
-  policy: str | None, config: ModelConfig, sample_config: SampleConfig, asked: list[str]
+  policy: str | None,
+  config: ModelConfig,
+  sample_config: SampleConfig,
+  asked: list[str],
+  weights: Callable[[], str] | None = None,
 ) -> SampleConfig:
   """`sample_config` under `--policy`, or its own policy where that is None; see `with_policy`.
 
@@ -157,7 +163,7 @@ def under_policy(
   if policy is not None and "policy" in asked:
     raise ValueError("expected one of --policy and --config.sample.policy, found both")
   fields = [field for field in asked if field != "policy"]
-  return with_policy(policy or sample_config.policy, config, sample_config, fields)
+  return with_policy(policy or sample_config.policy, config, sample_config, fields, weights)
 
 
 def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> None:
@@ -169,7 +175,7 @@ def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> No
   key = run_key(flags.FLAGS.seed)
   dtype = jnp.dtype(flags.FLAGS.dtype)
   chosen, drift = calibration.calibrate(model, sample_config, labels, key, dtype)
-  save_plan(pathlib.Path(path), model.config, chosen, drift)
+  save_plan(pathlib.Path(path), model.config, model.weights_digest, chosen, drift)
   refreshes = ", ".join(map(str, chosen.refresh_iterations))
   print(f"full refreshes at iterations {refreshes}: {path}")
 

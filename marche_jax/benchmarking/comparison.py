@@ -23,7 +23,6 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -76,21 +75,13 @@ def labels_of(start: int, count: int, config: ModelConfig) -> np.ndarray:
   return (np.arange(start, start + count) % config.class_num).astype(np.int32)
 
 
-def weights_digest(model: Model) -> str:
-  """Names the weights of a model."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves((model.params, model.vae_params)):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()
-
-
-def fingerprint(model: Model, weights: str, plan: DecodePlan, settings: Settings) -> str:
+def fingerprint(model: Model, plan: DecodePlan, settings: Settings) -> str:
   """Names what the images of a policy and their timing depend on, but for the code."""
   environment = profiling.environment()
   shared = {
     "model": dataclasses.asdict(model.config),
     "vae": None if model.vae_config is None else dataclasses.asdict(model.vae_config),
-    "weights": weights,
+    "weights": model.weights_digest,
     "seed": settings.seed,
     "batch_size": settings.batch_size,
     "dtype": jnp.dtype(settings.dtype).name,
@@ -106,10 +97,9 @@ def directories(
   out: pathlib.Path, model: Model, entries: Sequence[Entry], settings: Settings
 ) -> dict[str, pathlib.Path]:
   """Where the batches of every entry lie; entries of a policy that decode alike share one."""
-  weights = weights_digest(model)
   return {
     e.name: out / "batches"
-    / f"{re.sub('[^a-z+]', '_', e.sample.policy)}-{fingerprint(model, weights, e.plan, settings)}"
+    / f"{re.sub('[^a-z+]', '_', e.sample.policy)}-{fingerprint(model, e.plan, settings)}"
     for e in entries
   }  # fmt: skip
 

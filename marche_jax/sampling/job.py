@@ -36,6 +36,7 @@ from marche_jax.images import grid, write_png
 from marche_jax.models.mar import inference_params
 from marche_jax.planning.policies import make_plan
 from marche_jax.progress import image_bar
+from marche_jax.versions import versions
 from marche_jax.weights.checkpoint import Model
 
 CALLS = 8
@@ -139,8 +140,7 @@ class Job:
   def _fingerprint(self, model: Model) -> str:
     """Names what the images depend on, but for the code."""
     digest = hashlib.sha256(json.dumps(self.asked).encode() + self.labels.tobytes())
-    for leaf in jax.tree.leaves((model.params, model.vae_params)):
-      digest.update(np.asarray(leaf).tobytes())
+    digest.update(model.weights_digest.encode())
     return digest.hexdigest()[:16]
 
   def _parts(self) -> dict[int, pathlib.Path]:
@@ -268,7 +268,7 @@ def run(
   device = jax.devices()[0]
   report: Report = {
     **job.asked,
-    "versions": profiling.versions(),
+    "versions": versions(),
     "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     "compile_seconds": compile_seconds,
     "run_seconds": run_seconds,
