@@ -134,7 +134,7 @@ def _pieces(
   def head(
     weights: head_sampler.HeadWeights, row: Rows, z: jax.Array, predict: jax.Array
   ) -> jax.Array:
-    keys = state_lib.image_keys(jax.random.key(0), jnp.arange(batch))
+    keys = state_lib.image_keys(state_lib.run_key(0), jnp.arange(batch))
     inputs = Inputs(jnp.zeros(batch, jnp.int32), keys)
     return sampler.sample_tokens(weights, shape.head, row, tables, inputs, predict, z)
 

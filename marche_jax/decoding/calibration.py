@@ -99,7 +99,7 @@ def measure_drift(
 @jax.jit
 def _sketch(cache: KVCache) -> jax.Array:
   """Random projections of keys and values, float32 [L, X, N, 2 * SKETCH]."""
-  directions = jax.random.normal(jax.random.key(0), (cache.k.shape[-1], SKETCH))
+  directions = jax.random.normal(state_lib.run_key(0), (cache.k.shape[-1], SKETCH))
   project = lambda x: jnp.einsum("lxnw,wd->lxnd", x.astype(jnp.float32), directions)
   return jnp.concatenate([project(cache.k), project(cache.v)], axis=-1)
 

@@ -42,7 +42,7 @@ def generate(
   Args:
     model: of `marche_jax.load_model`.
     labels: int [B], in [0, class_num).
-    key: of the run, `jax.random.key(seed)`.
+    key: of the run, `jax.random.key(seed)` of jax's default generator, threefry2x32.
     sample_config: default: the model's own, else `SampleConfig()`.
     image_ids: int [B], the images' numbers; default 0 to B - 1.
     order: int [B, S], a permutation of the tokens per image, revealed from its end; default random.
@@ -63,10 +63,7 @@ def generate(
   sample_config = sample_config or model.sample_config or SampleConfig()
   labels = check_labels(labels, config)
   batch = len(labels)
-  if (
-    not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.ndim
-  ):
-    raise ValueError("key: expected one typed key, jax.random.key(seed)")
+  state_lib.check_key(key)
   ids = np.arange(batch)
   if image_ids is not None:
     ids = check_array("image_ids", image_ids, (batch,), "iu")

@@ -14,9 +14,12 @@ from golden import quick_jit
 from golden import quick_programs as quick_programs
 
 from marche_jax import images
+from marche_jax.benchmarking import profiling
 from marche_jax.config import VAEConfig
 from marche_jax.decoding import generation, pixels, plan_runner
+from marche_jax.decoding import state as state_lib
 from marche_jax.models import mar, vae
+from marche_jax.planning.policies import make_plan
 from marche_jax.weights.checkpoint import Model
 
 
@@ -57,6 +60,22 @@ def test_known_tokens_are_kept(model: Model) -> None:
   assert (np.abs(out - tokens).max(axis=-1)[mask == 1] > 0).all()
 
 
+def test_another_default_generator_changes_nothing(model: Model) -> None:
+  """What compiles and draws by a seed is of one generator; the profile's keys are too."""
+  key = state_lib.run_key(3)
+  expected = generation.generate(model, [0, 1], key)
+  runner = plan_runner.PlanRunner(make_plan(tiny.MODEL, tiny.SAMPLE))
+  settings = generation.RunSettings(batch_size=2, seed=3)
+  labels = np.asarray([0, 1], np.int32)
+  with jax.default_prng_impl("rbg"):
+    runner.compile(model.params, 2)
+    drawn = generation.draw_batch(model, runner, labels, 0, settings)
+    profiling.split(runner.plan, model.params, 2, jnp.float32, jnp.float32)
+    with pytest.raises(ValueError, match="key: found one of rbg"):
+      generation.generate(model, [0, 1], jax.random.key(3))
+  np.testing.assert_array_equal(drawn.latents, expected)
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -71,6 +90,8 @@ def test_known_tokens_are_kept(model: Model) -> None:
     ({"image_ids": [2**32]}, "image_ids: found 4294967296"),
     ({"key": jax.random.PRNGKey(0)}, "key: expected one typed key"),
     ({"key": jax.random.split(jax.random.key(0))}, "key: expected one typed key"),
+    ({"key": jax.random.key(0, impl="rbg")}, "key: found one of rbg, whose draws couple"),
+    ({"key": jax.random.key(0, impl="unsafe_rbg")}, "key: found one of unsafe_rbg"),
     ({"known": (np.full((1, 16, 4), np.nan), np.ones((1, 16)))}, r"known\[0\]: found NaN"),
     ({"known": (np.zeros((1, 16, 4)), np.zeros((1, 16)))}, "known"),
     ({"noise": (np.zeros(3), np.zeros(3))}, "noise"),
