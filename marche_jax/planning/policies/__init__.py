@@ -118,24 +118,34 @@ ASPECTS = {
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
-  """The plan of `sample.policy` for images of which `num_known` tokens are given: `make_draft`'s.
-
-  Raises:
-    ValueError: as `make_draft`.
-  """
-  return build(make_draft(config, sample, num_known))
+def make_plan(
+  config: ModelConfig, sample: SampleConfig, num_known: int = 0, num_known_odd: int | None = None
+) -> DecodePlan:
+  """The plan of `sample.policy`: arguments and errors as `make_draft`."""
+  return build(make_draft(config, sample, num_known, num_known_odd))
 
 
-def make_draft(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> Draft:
-  """The draft of `sample.policy` for images of which `num_known` tokens are given.
+def make_draft(
+  config: ModelConfig, sample: SampleConfig, num_known: int = 0, num_known_odd: int | None = None
+) -> Draft:
+  """The draft of `sample.policy`.
+
+  Args:
+    config: of the model.
+    sample: how to decode. Where tokens are known, num_iter is at most the number of the others.
+    num_known: image tokens that are given, in every image.
+    num_known_odd: of them, those whose row + column is odd, for policies whose order is that of a
+      checkerboard; default: the share of these that falls to them.
 
   Raises:
     ValueError: for an unknown policy or a contradicting combination, more iterations than tokens to
       predict, or a field of a policy out of range; names the field.
   """
   names = parse_policy(sample.policy)
-  draft = Draft(config, sample, num_known, [], solver=sample.solver)
+  if num_known:
+    most = max(1, config.seq_len - num_known)
+    sample = dataclasses.replace(sample, num_iter=min(sample.num_iter, most))
+  draft = Draft(config, sample, num_known, [], num_known_odd, sample.solver)
   timesteps = draft.timesteps(sample.num_sampling_steps)
   draft.iterations = full_iterations(config, sample, num_known, timesteps)
   for name in names:

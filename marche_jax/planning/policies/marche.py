@@ -24,6 +24,8 @@ def marche(draft: Draft) -> None:
   sample, iterations = draft.sample, draft.iterations
   full = set(sample.refresh_iterations) | {0}
   if sample.refresh_iterations:
+    if draft.num_known:  # they count iterations without known tokens, and fewer may be left
+      full = {k for k in full if k < len(iterations)}
     if max(full) >= len(iterations):
       raise ValueError(
         f"sample.refresh_iterations: found {max(full)}, expected iterations 0 to "
