@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 

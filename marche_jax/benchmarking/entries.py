@@ -98,13 +98,13 @@ def with_policy(
   """
   asked = list(asked)
   if not policy.endswith(".json"):
-    check_fields(policy, asked)
+    check_fields(policy, asked, sample.cfg != 1.0)
     return dataclasses.replace(sample, policy=policy)
   for field in asked:
     if field in (*FILE_FIELDS, "refresh_interval"):
       raise ValueError(f"sample.{field} is not read: {policy} decides on it")
   loaded = load_plan(pathlib.Path(policy), config, sample)
-  check_fields(loaded.policy, asked)
+  check_fields(loaded.policy, asked, loaded.cfg != 1.0)
   return loaded
 
 

@@ -138,7 +138,7 @@ def test_timesteps_are_spaced_as_the_solver_wants_them():
   st.data(),
 )
 def test_any_number_of_known_tokens(policy, num_iter, num_known, data):
-  """With the fields that a model brings; those of a calibrated plan may go beyond the iterations."""
+  """Those of a calibrated plan may go beyond the iterations that are left."""
   fields = {"num_iter": min(num_iter, 36 if num_known == 0 else 64)}
   if "marche" in policy and num_known:
     fields["refresh_iterations"] = data.draw(st.sampled_from([(), (0, 3, 40)]))
