@@ -69,13 +69,14 @@ def split(
 
   Args:
     plan: of the decoding.
-    params: of `MAR`.
+    params: of `MAR`; where several devices hold a copy each, the first one of this process runs.
     batch_size: images decoded together.
     dtype, head_dtype: as in `sampler.decode`.
 
   Returns:
     Seconds per image of 'encoder', 'decoder' and 'head', compile time apart.
   """
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf).addressable_data(0), params)
   rows, tables = state_lib.plan_rows(plan)
   tables = jax.tree.map(jnp.asarray, tables)
   timesteps = tables.coefficients.timestep

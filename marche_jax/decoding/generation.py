@@ -66,7 +66,8 @@ def generate(
     Scaled latents, float32 [B, channels, h, w]; `to_images` turns them into pixels.
 
   Raises:
-    ValueError: for an argument of the wrong shape or range; names it.
+    ValueError: for an argument of the wrong shape or range; names it. Where there is too little
+      memory; says how many images fit.
     NonFiniteLatentsError: (a ValueError) names the iteration.
   """
   config = model.config
@@ -98,6 +99,7 @@ def generate(
       check_array("noise[1]", drawn, (shape[0], longest, *shape[1:]), "f"),
     )
   runner = PlanRunner(plan)
+  runner.check_memory(model.params, batch, given)
   state = runner.start(keys, order, known)
   return unpatchify(runner(model.params, state, Inputs(labels, keys, given)), config)
 

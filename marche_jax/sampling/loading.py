@@ -9,7 +9,6 @@ from ml_collections import config_flags
 
 from marche_jax import flags as flags_lib
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.embedded import CHECKPOINT
 from marche_jax.weights.checkpoint import Model, load_model
 
 
@@ -33,8 +32,8 @@ def load(checkpoint_dir: str | None, config_flag: flags.Flag) -> tuple[Model, Sa
       raise ValueError(
         f"--checkpoint is missing: only fashion_mnist is embedded, found --config of {config.name}"
       )
-    return load_model(checkpoint_dir or CHECKPOINT, config.model), config.sample
-  model = load_model(checkpoint_dir or CHECKPOINT)
+    return load_model(checkpoint_dir, config.model), config.sample
+  model = load_model(checkpoint_dir)
   sample_config = model.sample_config or SampleConfig()
   if wrong := [name for name in overrides if not name.startswith("sample.")]:
     raise ValueError(f"--config.{wrong[0]}: only sample.* can change without --config=FILE")
