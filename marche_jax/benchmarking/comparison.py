@@ -13,6 +13,7 @@ medians.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,7 +22,7 @@ import re
 import secrets
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -144,13 +145,19 @@ def draw(
       compile_seconds[entry.name] = runners[entry.name].compile(model.params, batch_size)
       draw_from(0, entry, lambda images: None)  # warms up
   run = secrets.token_hex(8)
-  with image_bar(len(todo) * batch_size, "drawing") as bar:
+  total = len(settings.starts()) * len(entries)
+  with (
+    image_bar(total * batch_size, "drawing", done=(total - len(todo)) * batch_size) as bar,
+    _noting_what_is_kept(out),
+  ):
     for start, entry in todo:
       file = _file(kept[entry.name], start)
       if file.exists():  # another entry decodes in the same way
         bar.update(batch_size)
         continue
-      bar.set_postfix_str(f"{entry.name}, images {start} to {start + batch_size - 1}")
+      bar.set_postfix_str(
+        f"{entry.name}, images {start} to {start + batch_size - 1}", refresh=False
+      )
       batch = draw_from(start, entry, bar.update)
       with atomic_write(file) as aside, aside.open("wb") as opened:
         np.savez(
@@ -158,6 +165,15 @@ def draw(
           run=np.asarray(run),
         )  # fmt: skip
   return compile_seconds
+
+
+@contextlib.contextmanager
+def _noting_what_is_kept(out: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except KeyboardInterrupt as interrupt:
+    interrupt.add_note(f"finished batches are kept in {out / 'batches'}, the same command goes on")
+    raise
 
 
 def _file(directory: pathlib.Path, start: int) -> pathlib.Path:

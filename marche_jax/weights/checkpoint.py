@@ -32,6 +32,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.tree_util import KeyPath
 
 from marche_jax import config as config_lib
+from marche_jax import embedded
 from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
 from marche_jax.files import user_path
 from marche_jax.models import mar, vae
@@ -158,11 +159,11 @@ def check_destination(
   _check_beside(directory, config)
 
 
-def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
+def load_model(directory: PathLike | None = None, config: ModelConfig | None = None) -> Model:
   """Loads what `save_model` stored, verified, as float32 arrays on the default device.
 
   Args:
-    directory: of the checkpoint; `~` is the home directory.
+    directory: of the checkpoint; `~` is the home directory. Default: the embedded model.
     config: the configuration that the caller wants to use. It must agree with the stored one in
       all that shapes the samples; what only training uses (dropout, ...) is taken from it.
 
@@ -170,7 +171,7 @@ def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
     ValueError: no directory, no checkpoint, a truncated or altered file, a later format, or
       a `config` that does not fit (the message names the fields).
   """
-  directory = user_path(directory, "directory")
+  directory = embedded.CHECKPOINT if directory is None else user_path(directory, "directory")
   stored = _read_config(directory, "mar", ModelConfig)
   if config is not None:
     _check_fits(directory, config, stored.config)
