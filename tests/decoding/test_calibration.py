@@ -349,10 +349,10 @@ def test_files_that_are_no_plans(tmp_path: pathlib.Path, content: bytes) -> None
 def test_bad_flags(model: Model, tmp_path: pathlib.Path) -> None:
   """Told before anything is compiled."""
   with pytest.raises(ValueError, match=r"--calibrate=plan\.txt: .* ends in \.json"):
-    sample.write_calibrated("plan.txt", model, MARCHE)
+    sample.write_calibrated(pathlib.Path("plan.txt"), model, MARCHE)
   with pytest.raises(ValueError, match="file: expected a directory"):
     (tmp_path / "file").touch()
-    sample.write_calibrated(str(tmp_path / "file" / "plan.json"), model, MARCHE)
+    sample.write_calibrated(tmp_path / "file" / "plan.json", model, MARCHE)
   with pytest.raises(ValueError, match=r"absent\.json: expected a plan file .*No such file"):
     sample.under_policy(str(tmp_path / "absent.json"), tiny.MODEL, MARCHE, [])
 
