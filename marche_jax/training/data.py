@@ -9,6 +9,7 @@ little but k.
 
 from __future__ import annotations
 
+import signal
 import zlib
 from collections.abc import Iterator, Mapping
 
@@ -53,7 +54,8 @@ class BatchIterator(Iterator[dict[str, np.ndarray]]):
     # depend on the number of workers; they travel through shared memory as bytes and are finished,
     # that is copied out of it, here.
     options = grain.multiprocessing.MultiprocessingOptions(self._num_workers, 2)
-    return iter(stream.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options).map(_finish))
+    loaded = stream.to_iter_dataset(grain.ReadOptions(1, 1))
+    return iter(loaded.mp_prefetch(options, worker_init_fn=_ignore_interrupts).map(_finish))
 
   def __next__(self) -> dict[str, np.ndarray]:
     if self._iterator is None:
@@ -123,6 +125,11 @@ def make_iterator(
   if found != expected[name]:
     raise ValueError(f"{name}: expected {expected[name]}, found {found}")
   return BatchIterator(source, batch_size, seed, flip, num_workers)
+
+
+def _ignore_interrupts(worker: int, num_workers: int) -> None:
+  """Ctrl-C reaches loader processes too: they leave it to this process to end them, in order."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Load:

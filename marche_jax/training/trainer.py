@@ -366,8 +366,7 @@ def _check_model(directory: pathlib.Path, config: ModelConfig) -> None:
   Raises:
     ValueError: names the checkpoint and the first parameter that is another, or is not there.
   """
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    stored = checkpointer.metadata(directory / "state").item_metadata.tree["ema"]
+  stored = ocp.PyTreeCheckpointHandler().metadata(directory / "state").tree["ema"]
   found, expected = (
     {"/".join(k.key for k in path): list(leaf.shape)
      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
