@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from marche_jax.benchmarking.entries import ALL, all_entries, parse_entries
 from marche_jax.benchmarking.reports import QualityReport, SpeedReport
 from marche_jax.config import ModelConfig, SampleConfig
 from marche_jax.embedded import CONFIG
-from marche_jax.files import atomic_write, check_writable
+from marche_jax.files import atomic_write, user_path
 from marche_jax.images import write_png
 from marche_jax.models.mar import Params, abstract_params
 from marche_jax.sampling.loading import load
@@ -93,9 +92,13 @@ def measure_speed() -> None:
   values = flags.FLAGS
   if values.random_weights and values.checkpoint is not None:
     raise ValueError("expected one of --checkpoint=DIR and --random_weights, found both")
-  for flag, path in (("out", values.out), ("plot", values.plot)):
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
+  out = user_path(values.out, "--out")
+  plot = None if values.plot is None else user_path(values.plot, "--plot")
+  for flag, path in (("out", out), ("plot", plot)):
+    if path is not None and not path.absolute().parent.is_dir():
       raise ValueError(f"--{flag}={path}: expected a file in a directory that exists")
+    if path is not None and path.is_dir():
+      raise ValueError(f"--{flag}={path}: expected a file, found a directory")
   options = timing.Options(
     batch_size=1 if values.batch_size is None else values.batch_size,
     repeats=values.repeats,
@@ -105,7 +108,7 @@ def measure_speed() -> None:
     check=values.check,
     split=values.split,
   )
-  if values.plot:
+  if plot is not None:
     plots.require_matplotlib()
   if values.random_weights:
     config = flags_lib.parsed_config()
@@ -115,24 +118,27 @@ def measure_speed() -> None:
   else:
     loaded, sample = load(values.checkpoint, values["config"])
     model, params, weights = loaded.config, loaded.params, values.checkpoint or "embedded"
-    entries = parse_entries(asked(sample), model, sample)
-  if values.plot and len(entries) == 1:
+    entries = parse_entries(asked(sample), model, sample, lambda: loaded.weights_digest)
+  if plot is not None and len(entries) == 1:
     raise ValueError("--plot: expected several policies to compare, found one")
-  found = speed.compare(model, params, entries, options, progress=say)
+  found = speed.compare(model, params, entries, options, progress=flags_lib.say)
   report: SpeedReport = {"name": model_name(), "weights": weights, **found}
   single = speed.single(report) if len(entries) == 1 else None
-  with atomic_write(pathlib.Path(values.out)) as aside:
+  with atomic_write(out) as aside:
     aside.write_text(json.dumps(single or report, indent=2) + "\n")
   print(tables.speed_table(report) if single is None else tables.single_table(single))
-  if values.plot:
-    plots.plot_speed(pathlib.Path(values.plot), report)
+  if plot is not None:
+    plots.plot_speed(plot, report)
 
 
 def measure_quality() -> None:
   """Draws and judges the same images under several policies."""
   values = flags.FLAGS
+  out = user_path(values.quality_out, "--quality_out")
   model, sample = load(values.checkpoint, values["config"])
-  entries = parse_entries(asked(sample, all_entries(sample)), model.config, sample)
+  entries = parse_entries(
+    asked(sample, all_entries(sample)), model.config, sample, lambda: model.weights_digest
+  )
   settings = comparison.Settings(
     num_images=values.num_images,
     batch_size=250 if values.batch_size is None else values.batch_size,
@@ -141,11 +147,10 @@ def measure_quality() -> None:
   )
   real = None
   if values.data is not None:
-    source = IdxSource(pathlib.Path(values.data), "t10k", model.config)
+    source = IdxSource(user_path(values.data, "--data"), "t10k", model.config)
     real = source.images[: settings.num_images], source.labels[: settings.num_images]
-  out = check_writable(values.quality_out)
   compile_seconds = comparison.draw(model, entries, settings, out)
-  say("judging")
+  flags_lib.say("judging")
   report: QualityReport = {
     "name": model_name(),
     "weights": values.checkpoint or "embedded",
@@ -160,7 +165,7 @@ def measure_quality() -> None:
   try:
     plots.plot_plane(out / "quality.png", report)
   except (ImportError, ValueError) as error:  # the table and the images are worth having without
-    say(f"no {out / 'quality.png'}: {error}")
+    flags_lib.say(f"no {out / 'quality.png'}: {error}")
 
 
 def asked(sample: SampleConfig, default: list[str] | None = None) -> list[str]:
@@ -179,10 +184,6 @@ def model_name() -> str:
   """Of the configuration where one was given, else of the checkpoint."""
   given = flags.FLAGS["config"].present or flags.FLAGS.checkpoint is None
   return flags_lib.parsed_config().name if given else pathlib.Path(flags.FLAGS.checkpoint).name
-
-
-def say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from absl import flags
@@ -21,7 +22,7 @@ from marche_jax.decoding.generation import RunSettings
 from marche_jax.decoding.given import check_labels
 from marche_jax.decoding.state import run_key
 from marche_jax.embedded import CONFIG
-from marche_jax.files import check_writable
+from marche_jax.files import check_writable, user_path
 from marche_jax.planning.plan_file import save_plan
 from marche_jax.planning.policies import make_plan
 from marche_jax.sampling import job
@@ -79,19 +80,25 @@ def print_plan(config: ModelConfig, sample_config: SampleConfig) -> None:
 def main() -> None:
   flags_lib.enable_compilation_cache()
   values, asked = flags.FLAGS, asked_fields(flags.FLAGS["config"])
+  out = user_path(values.out, "--out")
+  trace_out = None if values.trace is None else user_path(values.trace, "--trace")
+  plan_out = None if values.calibrate is None else user_path(values.calibrate, "--calibrate")
+  if plan_out is not None and plan_out.suffix != ".json":
+    raise ValueError(f"--calibrate={plan_out}: expected a file name that ends in .json")
   if values.print_plan:
-    if values.calibrate is not None:
+    if plan_out is not None:
       raise ValueError("expected one of --print_plan and --calibrate, found both")
     config, sample_config = configs(values.checkpoint, values["config"])
     print_plan(config, under_policy(values.policy, config, sample_config, asked))
     return
   model, sample_config = load(values.checkpoint, values["config"])
   policy = values.policy
-  if values.calibrate is not None and policy is None and sample_config.policy == "full":
+  if plan_out is not None and policy is None and sample_config.policy == "full":
     policy = "marche"
-  sample_config = under_policy(policy, model.config, sample_config, asked)
-  if values.calibrate is not None:
-    write_calibrated(values.calibrate, model, sample_config)
+  weights = lambda: model.weights_digest
+  sample_config = under_policy(policy, model.config, sample_config, asked, weights)
+  if plan_out is not None:
+    write_calibrated(plan_out, model, sample_config)
     return
   given = None if values.labels is None else parse_labels(values.labels)
   num_images = values.num_images
@@ -102,32 +109,32 @@ def main() -> None:
   if given is not None:
     check_labels(given, model.config)  # those beyond num_images too
   labels = job.choose_labels(given, num_images, model.config.class_num)
-  traced = traced_images(values.trace, values.trace_images, values.trace_every, num_images)
+  traced = traced_images(trace_out, values.trace_images, values.trace_every, num_images)
   settings = RunSettings(
     batch_size=values.batch_size, seed=values.seed, dtype=jnp.dtype(values.dtype)
   )
-  report = job.run(
-    model, sample_config, labels, settings, pathlib.Path(values.out),
-    save_latents=values.save_latents, profile=values.profile,
+  drawing = job.Job(
+    model, sample_config, labels, settings, out, save_latents=values.save_latents
   )  # fmt: skip
+  if trace_out is not None:
+    check_writable(trace_out)  # now that nothing else can be wrong: a refused command makes nothing
+  report = job.run(drawing, profile=values.profile)
   seconds = f"compiled in {report['compile_seconds']:.1f} s, drawn in {report['run_seconds']:.1f} s"
-  print(f"{num_images} images in {values.out}: {seconds}")
+  print(f"{num_images} images in {out}: {seconds}")
   if split := report.get("split_seconds"):
     print(", ".join(f"{name} {value:.3f} s" for name, value in split.items()) + " per image")
-  if traced:
-    directory = pathlib.Path(values.trace)
-    trace.run(model, sample_config, labels, traced, settings, directory, values.trace_every)
-    print(f"pictures of decoding images {', '.join(map(str, traced))} in {values.trace}")
+  if trace_out is not None:
+    trace.run(model, sample_config, labels, traced, settings, trace_out, values.trace_every)
+    print(f"pictures of decoding images {', '.join(map(str, traced))} in {trace_out}")
 
 
 def traced_images(
-  directory: str | None, images: list[str] | None, every: int | None, num_images: int
+  directory: pathlib.Path | None, images: list[str] | None, every: int | None, num_images: int
 ) -> list[int]:
   """Numbers of the images that `--trace=directory` is about; none without it.
 
   Raises:
-    ValueError: for wrong `--trace_images` or `--trace_every`, or a directory that cannot be
-      written.
+    ValueError: for wrong `--trace_images` or `--trace_every`.
   """
   if directory is None:
     for name, value in (("trace_images", images), ("trace_every", every)):
@@ -136,7 +143,6 @@ def traced_images(
     return []
   numbers = trace.parse_images(images, num_images)
   trace.pictured(1, every)
-  check_writable(directory)
   return numbers
 
 
@@ -147,29 +153,34 @@ def asked_fields(config_flag: flags.Flag) -> list[str]:
 
 
 def under_policy(
-  policy: str | None, config: ModelConfig, sample_config: SampleConfig, asked: list[str]
+  policy: str | None,
+  config: ModelConfig,
+  sample_config: SampleConfig,
+  asked: list[str],
+  weights: Callable[[], str] | None = None,
 ) -> SampleConfig:
   """`sample_config` under `--policy`, or its own policy where that is None; see `with_policy`.
 
   Raises:
-    ValueError: as `with_policy`, or where the command line names two policies.
+    ValueError: as `with_policy`, or where the command line names two policies or an empty one.
   """
+  if policy == "":
+    raise ValueError("--policy: expected a policy or a FILE.json, found an empty text")
   if policy is not None and "policy" in asked:
     raise ValueError("expected one of --policy and --config.sample.policy, found both")
   fields = [field for field in asked if field != "policy"]
-  return with_policy(policy or sample_config.policy, config, sample_config, fields)
+  return with_policy(policy or sample_config.policy, config, sample_config, fields, weights)
 
 
-def write_calibrated(path: str, model: Model, sample_config: SampleConfig) -> None:
+def write_calibrated(path: pathlib.Path, model: Model, sample_config: SampleConfig) -> None:
   """Measures the drift on `CALIBRATION_IMAGES` images and writes a plan file."""
-  if not path.endswith(".json"):
-    raise ValueError(f"--calibrate={path}: expected a file name that ends in .json")
-  check_writable(pathlib.Path(path).absolute().parent)
+  make_plan(model.config, sample_config)  # refuses now what would be refused with a directory made
+  check_writable(path.absolute().parent)
   labels = job.choose_labels(None, CALIBRATION_IMAGES, model.config.class_num)
   key = run_key(flags.FLAGS.seed)
   dtype = jnp.dtype(flags.FLAGS.dtype)
   chosen, drift = calibration.calibrate(model, sample_config, labels, key, dtype)
-  save_plan(pathlib.Path(path), model.config, chosen, drift)
+  save_plan(path, model.config, model.weights_digest, chosen, drift)
   refreshes = ", ".join(map(str, chosen.refresh_iterations))
   print(f"full refreshes at iterations {refreshes}: {path}")
 

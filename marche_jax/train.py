@@ -19,7 +19,7 @@ from marche_jax.decoding.generation import generate
 from marche_jax.decoding.pixels import to_images
 from marche_jax.decoding.plan_runner import NonFiniteLatentsError
 from marche_jax.decoding.state import run_key
-from marche_jax.files import check_writable
+from marche_jax.files import user_path
 from marche_jax.images import grid, write_png
 from marche_jax.models.params import Params
 from marche_jax.planning.policies import make_plan
@@ -63,9 +63,21 @@ def draw_grid(model: checkpoint.Model, path: pathlib.Path) -> None:
   write_png(path, grid(to_images(model, latents), columns=8), scale=2)
 
 
-def export(config: Config, workdir: pathlib.Path, directory: str, dtype: str) -> None:
-  """Writes the EMA weights of the last checkpoint in `workdir` as a model."""
-  checkpoint.check_destination(directory, "mar", config.model)
+def export(
+  config: Config, workdir: pathlib.Path, directory: str | pathlib.Path, dtype: str
+) -> None:
+  """Writes the EMA weights of the last checkpoint in `workdir` as a model.
+
+  Raises:
+    ValueError: for a place that holds a model already or cannot be written, or no run of this model
+      in `workdir`.
+  """
+  try:
+    checkpoint.check_destination(directory, "mar", config.model)
+  except ValueError as error:
+    if (pathlib.Path(directory) / "mar").exists():
+      raise ValueError(f"{error}: take another --export, or remove {directory}") from error
+    raise
   params, updates = trainer.load_ema(workdir, config.model)
   checkpoint.save_model(
     directory, "mar", config.model, params, sample_config=config.sample, dtype=dtype
@@ -75,16 +87,19 @@ def export(config: Config, workdir: pathlib.Path, directory: str, dtype: str) ->
 
 def main() -> None:
   flags_lib.enable_compilation_cache()
+  values = flags.FLAGS
   config = flags_lib.parsed_config()
   make_plan(config.model, config.sample)  # refuses now what sampling would refuse later
-  workdir = pathlib.Path(flags.FLAGS.workdir or pathlib.Path("runs") / config.name)
-  if flags.FLAGS.export is not None:
-    export(config, workdir, flags.FLAGS.export, flags.FLAGS.export_dtype)
+  workdir = pathlib.Path("runs") / config.name
+  if values.workdir is not None:
+    workdir = user_path(values.workdir, "--workdir")
+  if values.export is not None:
+    export(config, workdir, user_path(values.export, "--export"), values.export_dtype)
     return
   vae_config, vae_params = None, None
-  if flags.FLAGS.vae is not None:
-    vae_config, vae_params = load_autoencoder(flags.FLAGS.vae, config.model)
-  check_writable(workdir)
+  if values.vae is not None:
+    vae = str(user_path(values.vae, "--vae"))
+    vae_config, vae_params = load_autoencoder(vae, config.model)
 
   def on_sample(params: Params, update: int) -> None:
     model = checkpoint.Model(config.model, params, vae_config, vae_params, config.sample)
@@ -96,7 +111,11 @@ def main() -> None:
   draws = config.model.vae_stride == 1 or vae_config is not None
   if not draws and config.train.sample_every:
     print("no sample grids: latents need --vae=DIR to become images")
-  trainer.train(config, workdir, on_sample if draws else None)
+  last = int(trainer.train(config, workdir, on_sample if draws else None).step)
+  print(
+    f"{workdir}: trained to the end, {last} updates; --export=DIR writes the EMA weights of "
+    f"{workdir / 'checkpoints' / str(last)} as a model"
+  )
 
 
 if __name__ == "__main__":

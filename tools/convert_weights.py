@@ -13,14 +13,18 @@ needs torch, reading `.safetensors` needs safetensors: pip install "marche_jax[c
 from __future__ import annotations
 
 import collections
+import contextlib
+import pathlib
 import time
+from collections.abc import Iterator
 
 import jax
 from absl import flags as absl_flags
 
 from marche_jax import flags
+from marche_jax.files import user_path
 from marche_jax.models.params import Params
-from marche_jax.weights import checkpoint, convert
+from marche_jax.weights import archive, checkpoint, convert
 
 FLAGS = absl_flags.FLAGS
 
@@ -43,12 +47,11 @@ def define_flags() -> None:
   flags.define_config()
 
 
-def _report(start: float, params: Params) -> None:
+def _report(start: float, params: Params, dst: pathlib.Path) -> None:
   leaves = jax.tree.leaves(params)
   count, size = sum(x.size for x in leaves), sum(x.nbytes for x in leaves)
   print(
-    f"{count:,} parameters, {size / 1e9:.3f} GB in float32, {time.monotonic() - start:.1f} s: "
-    f"{FLAGS.dst}"
+    f"{count:,} parameters, {size / 1e9:.3f} GB in float32, {time.monotonic() - start:.1f} s: {dst}"
   )
 
 
@@ -57,31 +60,47 @@ def _progress(done: int, total: int) -> None:
     print(f"  {done}/{total} tensors", flush=True)
 
 
+@contextlib.contextmanager
+def _about(flag: str, path: pathlib.Path) -> Iterator[None]:
+  """Errors name the flag and its path, once."""
+  try:
+    yield
+  except (ValueError, OSError) as error:
+    raise ValueError(f"{flag}={path}: {str(error).removeprefix(f'{path}: ')}") from error
+
+
 def _forward(start: float) -> None:
   config = flags.parsed_config()
   part = config.model if FLAGS.kind == "mar" else config.vae
   if part is None:
     raise ValueError(f"--kind=vae: the config {config.name!r} has no autoencoder (vae=None)")
-  checkpoint.check_destination(FLAGS.dst, FLAGS.kind, part, FLAGS.overwrite)
-  tensors = convert.open_weights(FLAGS.src, FLAGS.kind, FLAGS.weights)
-  print(f"{FLAGS.src}: {len(tensors)} tensors", flush=True)
-  if not FLAGS.src.endswith(".safetensors") and not convert.is_mappable(FLAGS.src):
-    print("  an old torch format that cannot be mapped: the whole file was read into memory")
-  params = convert.convert(tensors, FLAGS.kind, part, _progress)
+  src, dst = user_path(FLAGS.src, "--src"), user_path(FLAGS.dst, "--dst")
+  with _about("--dst", dst):
+    checkpoint.check_destination(dst, FLAGS.kind, part, FLAGS.overwrite)
+  with _about("--src", src):
+    tensors = convert.open_weights(src, FLAGS.kind, FLAGS.weights)
+    print(f"{src}: {len(tensors)} tensors", flush=True)
+    if src.suffix != ".safetensors" and not archive.is_archive(src):
+      print("  an old torch format without checksums: the whole file was read into memory")
+    params = convert.convert(tensors, FLAGS.kind, part, _progress)
   for dtype, count in collections.Counter(t.dtype for t in tensors.values()).items():
     if dtype != "float32":
       print(f"  {count} tensors were {dtype} and are stored as float32")
-  checkpoint.save_model(
-    FLAGS.dst, FLAGS.kind, part, params, overwrite=FLAGS.overwrite,
-    sample_config=config.sample if FLAGS.kind == "mar" else None,
-  )  # fmt: skip
-  _report(start, params)
+  with _about("--dst", dst):
+    checkpoint.save_model(
+      dst, FLAGS.kind, part, params, overwrite=FLAGS.overwrite,
+      sample_config=config.sample if FLAGS.kind == "mar" else None,
+    )  # fmt: skip
+  _report(start, params, dst)
 
 
 def _reverse(start: float) -> None:
-  config, params = checkpoint.load_part(FLAGS.src, FLAGS.kind)
-  convert.write_safetensors(FLAGS.dst, FLAGS.kind, config, params, FLAGS.overwrite)
-  _report(start, params)
+  src, dst = user_path(FLAGS.src, "--src"), user_path(FLAGS.dst, "--dst")
+  with _about("--src", src):
+    config, params = checkpoint.load_part(src, FLAGS.kind)
+  with _about("--dst", dst):
+    convert.write_safetensors(dst, FLAGS.kind, config, params, FLAGS.overwrite)
+  _report(start, params, dst)
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from marche_jax import config as config_lib
 from marche_jax import flags
 from marche_jax.config import ModelConfig, VAEConfig
+from marche_jax.files import naming, user_path
 from marche_jax.models import vae
 from marche_jax.models.params import Params
 from marche_jax.training import sources
@@ -120,16 +121,17 @@ def encode(
 def main() -> None:
   start = time.monotonic()
   config = flags.parsed_config()
-  vae_config, vae_params = checkpoint.load_part(FLAGS.vae, "vae")
+  data, out = user_path(FLAGS.data, "--data"), user_path(FLAGS.out, "--out")
+  vae_config, vae_params = checkpoint.load_part(user_path(FLAGS.vae, "--vae"), "vae")
   config_lib.check_vae(config.model, vae_config)
-  with sources.new_directory(FLAGS.out) as aside:
-    source = sources.FolderSource(pathlib.Path(FLAGS.data), FLAGS.on_error, config.model)
+  with sources.new_directory(out) as aside, naming(out, aside):
+    source = sources.FolderSource(data, FLAGS.on_error, config.model)
     encode(
       source, config.model, vae_config, vae_params, aside,
       batch_size=FLAGS.batch_size, flip=FLAGS.flip,
     )  # fmt: skip
   print(
-    f"{FLAGS.out}: moments of {len(source):,} images of {source.labels.max() + 1} classes, "
+    f"{out}: moments of {len(source):,} images of {source.labels.max() + 1} classes, "
     f"{time.monotonic() - start:.1f} s"
   )
 

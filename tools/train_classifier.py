@@ -11,7 +11,6 @@ noise and blur cost. The shipped weights are those of the default flags: 15 epoc
 
 from __future__ import annotations
 
-import pathlib
 import time
 
 import jax
@@ -22,6 +21,7 @@ from absl import app, flags
 
 from marche_jax import config as config_lib
 from marche_jax.evaluation import quality
+from marche_jax.files import user_path
 from marche_jax.models.params import Params
 from marche_jax.training import sources
 
@@ -119,11 +119,17 @@ def degraded(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  out = pathlib.Path(FLAGS.out)
+  try:
+    out = user_path(FLAGS.out, "--out")
+    data = str(user_path(FLAGS.data, "--data")) if FLAGS.data else ""
+  except ValueError as error:
+    raise app.UsageError(str(error)) from error
+  if out.is_dir():
+    raise app.UsageError(f"--out={out}: expected a file, found a directory")
   if not out.parent.is_dir():
     raise app.UsageError(f"--out={out}: no directory {out.parent}")
-  images, labels = read_split(FLAGS.data, "train")
-  test_images, test_labels = read_split(FLAGS.data, "t10k")
+  images, labels = read_split(data, "train")
+  test_images, test_labels = read_split(data, "t10k")
   params = train(images, labels, FLAGS.epochs, FLAGS.seed)
   params = jax.tree.map(lambda p: p.astype(jnp.float16).astype(jnp.float32), params)  # as stored
   reference = quality.statistics(quality.classify(params, images)[1])

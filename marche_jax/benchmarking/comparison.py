@@ -13,6 +13,7 @@ medians.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,9 +22,8 @@ import re
 import secrets
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -76,21 +76,13 @@ def labels_of(start: int, count: int, config: ModelConfig) -> np.ndarray:
   return (np.arange(start, start + count) % config.class_num).astype(np.int32)
 
 
-def weights_digest(model: Model) -> str:
-  """Names the weights of a model."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves((model.params, model.vae_params)):
-    digest.update(np.asarray(leaf).tobytes())
-  return digest.hexdigest()
-
-
-def fingerprint(model: Model, weights: str, plan: DecodePlan, settings: Settings) -> str:
+def fingerprint(model: Model, plan: DecodePlan, settings: Settings) -> str:
   """Names what the images of a policy and their timing depend on, but for the code."""
   environment = profiling.environment()
   shared = {
     "model": dataclasses.asdict(model.config),
     "vae": None if model.vae_config is None else dataclasses.asdict(model.vae_config),
-    "weights": weights,
+    "weights": model.weights_digest,
     "seed": settings.seed,
     "batch_size": settings.batch_size,
     "dtype": jnp.dtype(settings.dtype).name,
@@ -106,10 +98,9 @@ def directories(
   out: pathlib.Path, model: Model, entries: Sequence[Entry], settings: Settings
 ) -> dict[str, pathlib.Path]:
   """Where the batches of every entry lie; entries of a policy that decode alike share one."""
-  weights = weights_digest(model)
   return {
     e.name: out / "batches"
-    / f"{re.sub('[^a-z+]', '_', e.sample.policy)}-{fingerprint(model, weights, e.plan, settings)}"
+    / f"{re.sub('[^a-z+]', '_', e.sample.policy)}-{fingerprint(model, e.plan, settings)}"
     for e in entries
   }  # fmt: skip
 
@@ -154,13 +145,19 @@ def draw(
       compile_seconds[entry.name] = runners[entry.name].compile(model.params, batch_size)
       draw_from(0, entry, lambda images: None)  # warms up
   run = secrets.token_hex(8)
-  with image_bar(len(todo) * batch_size, "drawing") as bar:
+  total = len(settings.starts()) * len(entries)
+  with (
+    image_bar(total * batch_size, "drawing", done=(total - len(todo)) * batch_size) as bar,
+    _noting_what_is_kept(out),
+  ):
     for start, entry in todo:
       file = _file(kept[entry.name], start)
       if file.exists():  # another entry decodes in the same way
         bar.update(batch_size)
         continue
-      bar.set_postfix_str(f"{entry.name}, images {start} to {start + batch_size - 1}")
+      bar.set_postfix_str(
+        f"{entry.name}, images {start} to {start + batch_size - 1}", refresh=False
+      )
       batch = draw_from(start, entry, bar.update)
       with atomic_write(file) as aside, aside.open("wb") as opened:
         np.savez(
@@ -168,6 +165,15 @@ def draw(
           run=np.asarray(run),
         )  # fmt: skip
   return compile_seconds
+
+
+@contextlib.contextmanager
+def _noting_what_is_kept(out: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except KeyboardInterrupt as interrupt:
+    interrupt.add_note(f"finished batches are kept in {out / 'batches'}, the same command goes on")
+    raise
 
 
 def _file(directory: pathlib.Path, start: int) -> pathlib.Path:

@@ -8,11 +8,11 @@ of `sample --calibrate` may stand for the policy.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.files import user_path
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.plan_file import FIELDS as FILE_FIELDS
 from marche_jax.planning.plan_file import load_plan
@@ -43,19 +43,24 @@ def all_entries(sample: SampleConfig) -> list[str]:
   return [BASELINE, f"{BASELINE}:num_iter={max(1, sample.num_iter // 2)}", *ALL[1:]]
 
 
-def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConfig) -> list[Entry]:
+def parse_entries(
+  values: Sequence[str],
+  config: ModelConfig,
+  sample: SampleConfig,
+  weights: Callable[[], str] | None = None,
+) -> list[Entry]:
   """Reads the entries of `--policies`, and makes their plans.
 
   Args:
     values: the entries, `POLICY` or `POLICY:FIELD=VALUE:...`, or FILE.json for the policy.
     config: of the model.
     sample: what entries change.
+    weights: gives the digest of the model's, for plan files (see `load_plan`).
 
   Raises:
     ValueError: for no entry, one that stands twice, an unknown policy or field, a field that the
       policy does not read, a value that is not of the field's type or out of range, a wrong plan
       file; starts with the entry.
-    OSError: where a plan file cannot be read.
   """
   names = [value.strip() for value in values]
   if not any(names):
@@ -73,7 +78,7 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
           raise ValueError(f"{field} stands there twice")
         fields[field] = value
       changed = dataclasses.replace(sample, **fields)  # type: ignore[arg-type]
-      changed = with_policy(policy, config, changed, fields)
+      changed = with_policy(policy, config, changed, fields, weights)
       plan = make_plan(config, changed)
     except ValueError as error:
       raise ValueError(f"--policies, {name!r}: {error}") from error
@@ -82,7 +87,11 @@ def parse_entries(values: Sequence[str], config: ModelConfig, sample: SampleConf
 
 
 def with_policy(
-  policy: str, config: ModelConfig, sample: SampleConfig, asked: Iterable[str]
+  policy: str,
+  config: ModelConfig,
+  sample: SampleConfig,
+  asked: Iterable[str],
+  weights: Callable[[], str] | None = None,
 ) -> SampleConfig:
   """`sample` under a policy.
 
@@ -91,10 +100,10 @@ def with_policy(
     config: of the model.
     sample: how to decode otherwise.
     asked: fields of it that somebody asked for, which must not go unread.
+    weights: gives the digest of the model's, for a plan file (see `load_plan`).
 
   Raises:
     ValueError: for an unknown policy, a field that goes unread, a wrong plan file.
-    OSError: where a plan file cannot be read.
   """
   asked = list(asked)
   if not policy.endswith(".json"):
@@ -103,7 +112,7 @@ def with_policy(
   for field in asked:
     if field in (*FILE_FIELDS, "refresh_interval"):
       raise ValueError(f"sample.{field} is not read: {policy} decides on it")
-  loaded = load_plan(pathlib.Path(policy), config, sample)
+  loaded = load_plan(user_path(policy, "policy"), config, sample, weights)
   check_fields(loaded.policy, asked, loaded.cfg != 1.0)
   return loaded
 

@@ -8,7 +8,6 @@ is (see `timing.py`).
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from marche_jax.decoding.transformer import Transformer
 from marche_jax.models.mar import Params
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.shapes import StepShape
+from marche_jax.versions import versions
 
 
 def seconds(run: Callable[[], object], repeats: int) -> list[float]:
@@ -47,11 +47,6 @@ def environment() -> Environment:
     "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     "versions": versions(),
   }
-
-
-def versions() -> dict[str, str]:
-  """The versions of what decodes."""
-  return {p: importlib.metadata.version(p) for p in ("marche_jax", "jax", "jaxlib", "flax")}
 
 
 def matmul_peak(dtype: DTypeLike, tries: int = 5) -> float:

@@ -1,8 +1,10 @@
 """Drawing one image per label into a directory: batches that are kept, and files made of them.
 
 Finished batches lie in `DIR/partial` until the end, in a directory named by all that the images
-depend on (but the code): a job that was interrupted and is started again with the same settings
-goes on where it was, and one with other settings does not take what is not its own.
+depend on, the versions that draw and the device among it: a job that was interrupted and is started
+again with the same settings goes on where it was, and one with other settings, versions or devices
+does not take what is not its own. Two jobs do not write to a directory at once (`lock`), and its
+report names the samples.npz that it is about by a digest.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ from marche_jax.decoding.pixels import compile_to_images, require_decodable
 from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.files import atomic_write, check_writable
 from marche_jax.images import grid, write_png
+from marche_jax.lock import only_run
 from marche_jax.models.mar import inference_params
 from marche_jax.planning.policies import make_plan
 from marche_jax.progress import image_bar
+from marche_jax.versions import versions
 from marche_jax.weights.checkpoint import Model
 
 CALLS = 8
@@ -55,16 +59,33 @@ class Asked(TypedDict):
   save_latents: bool
 
 
-class Report(Asked):
-  """`report.json`."""
+class Environment(TypedDict):
+  """What drew; images of other versions or devices may differ, and are not joined."""
 
   versions: dict[str, str]
   device: str
+
+
+class Effective(TypedDict):
+  """What the plan runs, which a policy may have decided otherwise than `sample` says."""
+
+  iterations: int
+  diffusion_steps: list[int]  # per iteration: the fewest, the most
+  solver: str
+  guidance: list[float]  # per iteration: the least, the most; 1: none
+  temperature: float
+
+
+class Report(Asked, Environment):
+  """`report.json`."""
+
+  effective: Effective
   compile_seconds: float
   run_seconds: float
   images_drawn: int  # by this run: others were kept from one that was interrupted
   images_per_second: float | None
   gflops_per_image: float
+  samples_sha256: str  # of samples.npz
   split_seconds: NotRequired[dict[str, float]]  # per image, of 'transformer' and 'head'
 
 
@@ -84,6 +105,9 @@ class Job:
     settings: as given, but for the batch size: it is at most `num`, and as many images fall to
       every device.
     asked: what the report says that was asked for.
+    environment: the versions and devices that draw.
+    out: the directory.
+    partial: where its batches lie.
   """
 
   def __init__(
@@ -96,15 +120,14 @@ class Job:
     *,
     save_latents: bool = False,
   ) -> None:
-    """Makes the directory, and the plan; draws and compiles nothing.
+    """Makes the plan; draws, compiles and writes nothing.
 
     Raises:
-      ValueError: for a value out of range, a model without the autoencoder that it needs, or a
-        directory that cannot be written.
+      ValueError: for a value out of range, or a model without the autoencoder that it needs.
     """
     self.labels = check_labels(labels, model.config)
     require_decodable(model)
-    self.out = check_writable(out)
+    self.out = out
     num, devices = len(self.labels), jax.device_count()
     batch_size = -(-min(settings.batch_size, num) // devices) * devices
     self.settings = dataclasses.replace(settings, batch_size=batch_size)
@@ -120,8 +143,12 @@ class Job:
       save_latents=save_latents,
     )
     self.asked: Asked = json.loads(json.dumps(asked))  # as the report will be read back
-    self._partial = self.out / "partial" / self._fingerprint(model)
-    self._partial.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    self.environment: Environment = {
+      "versions": versions(),
+      "device": f"{devices} x {device.device_kind} ({device.platform})",
+    }
+    self.partial = self.out / "partial" / self._fingerprint(model)
 
     mesh = None
     if devices > 1:
@@ -137,16 +164,20 @@ class Job:
     )
 
   def _fingerprint(self, model: Model) -> str:
-    """Names what the images depend on, but for the code."""
-    digest = hashlib.sha256(json.dumps(self.asked).encode() + self.labels.tobytes())
-    for leaf in jax.tree.leaves((model.params, model.vae_params)):
-      digest.update(np.asarray(leaf).tobytes())
+    """Names what the images depend on; of the code, its version."""
+    described = json.dumps([self.asked, self.environment])
+    digest = hashlib.sha256(described.encode() + self.labels.tobytes())
+    digest.update(model.weights_digest.encode())
     return digest.hexdigest()[:16]
 
   def _parts(self) -> dict[int, pathlib.Path]:
     """The file of every batch, by the number of its first image."""
     starts = range(0, len(self.labels), self.settings.batch_size)
-    return {start: self._partial / f"{start:08d}.npz" for start in starts}
+    return {start: self.partial / f"{start:08d}.npz" for start in starts}
+
+  def others(self) -> list[pathlib.Path]:
+    """Directories of batches of unfinished jobs of other settings, versions or devices."""
+    return sorted(path for path in self.partial.parent.glob("*") if path != self.partial)
 
   def _labels_from(self, start: int) -> np.ndarray:
     return self.labels[start : start + self.settings.batch_size]
@@ -175,6 +206,7 @@ class Job:
       NonFiniteLatentsError: names the iteration and the images.
     """
     parts = self._parts()
+    self.partial.mkdir(parents=True, exist_ok=True)
     for start in self.missing():
       labels = self._labels_from(start)
       batch = draw_batch(self.model, self._runner, labels, start, self.settings, progress)
@@ -183,6 +215,18 @@ class Job:
         arrays["latents"] = batch.latents
       with atomic_write(parts[start]) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+  def effective(self) -> Effective:
+    """What the plan runs."""
+    rows = self.plan.rows
+    steps, guidance = [self.plan.diffusion_steps(row) for row in rows], [row.cfg for row in rows]
+    return {
+      "iterations": len(rows),
+      "diffusion_steps": [min(steps), max(steps)],
+      "solver": self.plan.step_shapes[0].head.solver,
+      "guidance": [min(guidance), max(guidance)] if self.plan.guided else [1.0, 1.0],
+      "temperature": self.plan.temperature,
+    }
 
   def split_seconds(self) -> dict[str, float]:
     """Seconds per image of 'transformer' (encoder and decoder) and 'head'.
@@ -193,8 +237,15 @@ class Job:
     split = profiling.split(self.plan, self.model.params, size, dtype, dtype)
     return {"transformer": split["encoder"] + split["decoder"], "head": split["head"]}
 
-  def collect(self) -> None:
-    """Joins the batches into samples.npz, one in memory at a time, and draws grid.png."""
+  def collect(self) -> str:
+    """Joins the batches into samples.npz, one in memory at a time, and draws grid.png.
+
+    An old report is removed before: it is not about these images.
+
+    Returns:
+      the SHA-256 of samples.npz.
+    """
+    (self.out / "report.json").unlink(missing_ok=True)
     parts = list(self._parts().values())
 
     def stream(archive: zipfile.ZipFile, name: str, source: str) -> None:
@@ -214,6 +265,8 @@ class Job:
         np.lib.format.write_array(file, self.labels, allow_pickle=False)
       if self.asked["save_latents"]:
         stream(archive, "latents", "latents")
+    with (self.out / "samples.npz").open("rb") as file:
+      digest = hashlib.file_digest(file, "sha256").hexdigest()
 
     shown, images = min(len(self.labels), 100), []
     for part in parts:
@@ -223,41 +276,46 @@ class Job:
         break
     picture = grid(np.concatenate(images)[:shown], columns=math.ceil(math.sqrt(shown)))
     write_png(self.out / "grid.png", picture, scale=max(1, 64 // images[0].shape[1]))
+    return digest
 
   def clear(self) -> None:
     """Removes this job's batches; those of other, unfinished settings stay."""
-    shutil.rmtree(self._partial)
+    shutil.rmtree(self.partial)
     with contextlib.suppress(OSError):
-      self._partial.parent.rmdir()
+      self.partial.parent.rmdir()
 
 
-def run(
-  model: Model,
-  sample_config: SampleConfig,
-  labels: ArrayLike,
-  settings: RunSettings,
-  out: pathlib.Path,
-  *,
-  save_latents: bool = False,
-  profile: bool = False,
-) -> Report:
-  """Draws one image per label into `out`; returns the report that it wrote there.
+def run(job: Job, *, profile: bool = False) -> Report:
+  """Draws a job's images into its directory; returns the report that it wrote there.
+
+  Where it is interrupted, the exception's note says what is kept.
 
   Args:
-    model: of `load_model`.
-    sample_config: how to sample it.
-    labels: int [num], of images 0, 1, ...
-    settings: batch size (over all devices), seed and dtype.
-    out: directory; made where it does not exist.
-    save_latents: store them in samples.npz too.
+    job: what to draw.
     profile: also measure transformer and head apart, for the report's `split_seconds`.
 
   Raises:
-    ValueError: as `Job`; where latents are not finite (`NonFiniteLatentsError`).
+    ValueError: for a directory that cannot be written, or that another run writes to; where latents
+      are not finite (`NonFiniteLatentsError`).
+    OSError: where a file cannot be written; names it.
   """
-  job = Job(model, sample_config, labels, settings, out, save_latents=save_latents)
+  with only_run(check_writable(job.out)):
+    try:
+      return _run(job, profile)
+    except KeyboardInterrupt as interrupt:
+      kept = len(job.labels) - job.num_missing()
+      interrupt.add_note(
+        f"{kept} of {len(job.labels)} images are kept in {job.partial}; the same command goes on "
+        "with the others"
+      )
+      raise
+
+
+def _run(job: Job, profile: bool) -> Report:
   compile_seconds, run_seconds = 0.0, 0.0
   num, todo = len(job.labels), job.num_missing()
+  if others := job.others():
+    _say(f"{others[0].parent}: batches of other settings, versions or devices are not used")
   if todo:
     _say(f"compiling ({len(job.plan.step_shapes)} step shapes) ...")
     compile_seconds = job.compile()
@@ -265,21 +323,23 @@ def run(
       clock = time.perf_counter()
       job.draw(bar.update)
       run_seconds = time.perf_counter() - clock
-  device = jax.devices()[0]
+  split_seconds = None
+  if profile:
+    _say("profiling ...")
+    split_seconds = job.split_seconds()
   report: Report = {
     **job.asked,
-    "versions": profiling.versions(),
-    "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+    **job.environment,
+    "effective": job.effective(),
     "compile_seconds": compile_seconds,
     "run_seconds": run_seconds,
     "images_drawn": todo,
     "images_per_second": todo / run_seconds if todo else None,
     "gflops_per_image": job.plan.flops().total / 1e9,
+    "samples_sha256": job.collect(),
   }
-  if profile:
-    _say("profiling ...")
-    report["split_seconds"] = job.split_seconds()
-  job.collect()
+  if split_seconds is not None:
+    report["split_seconds"] = split_seconds
   with atomic_write(job.out / "report.json") as aside:
     aside.write_text(json.dumps(report, indent=2) + "\n")
   job.clear()

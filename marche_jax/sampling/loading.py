@@ -9,6 +9,7 @@ from ml_collections import config_flags
 
 from marche_jax import flags as flags_lib
 from marche_jax.config import ModelConfig, SampleConfig
+from marche_jax.files import user_path
 from marche_jax.weights.checkpoint import Model, load_model
 
 
@@ -26,14 +27,15 @@ def load(checkpoint_dir: str | None, config_flag: flags.Flag) -> tuple[Model, Sa
     OSError: where a file cannot be read.
   """
   overrides = config_overrides(config_flag)
+  stored = None if checkpoint_dir is None else user_path(checkpoint_dir, "--checkpoint")
   if config_flag.present:
     config = flags_lib.parsed_config()
     if checkpoint_dir is None and config.name != "fashion_mnist":
       raise ValueError(
         f"--checkpoint is missing: only fashion_mnist is embedded, found --config of {config.name}"
       )
-    return load_model(checkpoint_dir, config.model), config.sample
-  model = load_model(checkpoint_dir)
+    return load_model(stored, config.model), config.sample
+  model = load_model(stored)
   sample_config = model.sample_config or SampleConfig()
   if wrong := [name for name in overrides if not name.startswith("sample.")]:
     raise ValueError(f"--config.{wrong[0]}: only sample.* can change without --config=FILE")

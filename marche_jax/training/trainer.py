@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias, Union
 
 import flax.struct
@@ -27,12 +27,13 @@ import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from marche_jax.config import Config, ModelConfig, TrainConfig
-from marche_jax.files import atomic_write
+from marche_jax.files import atomic_write, check_writable
+from marche_jax.lock import only_run
 from marche_jax.models import mar, vae
 from marche_jax.models.params import Leaf, Params
+from marche_jax.progress import update_bar
 from marche_jax.training import data as data_lib
 from marche_jax.training import losses, sources
 
@@ -168,7 +169,7 @@ class MetricsWriter:
 
   def write(self, row: dict[str, float]) -> None:
     """Writes one row of `METRICS`."""
-    with self._path.open("a", newline="") as file:
+    with self._path.open("a", newline="") as file:  # a row that a killed run cut is dropped above
       csv.DictWriter(file, METRICS).writerow(row)
     if self._board is not None:
       for name, value in row.items():
@@ -194,12 +195,15 @@ def train(
     workdir: takes `checkpoints/`, `metrics.csv` and `tensorboard/`.
     on_sample: called with (EMA parameters, updates done) every `train.sample_every` updates.
 
+  Where it is interrupted, the exception's note says what is kept.
+
   Returns:
     The final state.
 
   Raises:
     NonFiniteLossError: names the update and the last good checkpoint, where there is one.
-    ValueError: where the data does not fit the configuration.
+    ValueError: where the data does not fit the configuration, or `workdir` cannot be written, is
+      being written by another run, or holds a run of another model or other data.
   """
   workdir = pathlib.Path(workdir).absolute()
   t = config.train
@@ -226,7 +230,9 @@ def train(
   )
   with contextlib.ExitStack() as stack:
     stack.enter_context(contextlib.closing(batches))
+    stack.enter_context(only_run(check_writable(workdir)))
     manager = stack.enter_context(ocp.CheckpointManager(workdir / "checkpoints", options=options))
+    stack.enter_context(_noting_what_is_kept(workdir, manager))
     latest = manager.latest_step()
     if latest is None:
       state = jax.device_put(jax.jit(make_state)(), replicated)
@@ -235,6 +241,7 @@ def train(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
         jax.eval_shape(make_state),
       )
+      _check_model(workdir / "checkpoints" / str(latest), config.model)
       restored = manager.restore(
         latest,
         args=ocp.args.Composite(
@@ -242,7 +249,10 @@ def train(
         ),
       )
       state = restored["state"]
-      batches.set_state(restored["data"])
+      try:
+        batches.set_state(restored["data"])
+      except ValueError as error:
+        raise ValueError(f"{workdir}: {error}") from error
       logging.info("resumed from update %d", latest)
     run_update = jax.jit(
       functools.partial(update, config=config, optimizer=optimizer),
@@ -272,7 +282,8 @@ def train(
 
     clock, clocked = time.perf_counter(), start
     values: dict[str, float] = {}
-    bar = tqdm(range(start, total), initial=start, total=total, desc="train", unit="update")
+    bar = stack.enter_context(contextlib.closing(
+      update_bar(range(start, total), "train", start, total)))  # fmt: skip
     for i in bar:
       batch = jax.device_put(next(batches), sharded)
       state, metrics = run_update(state, batch)
@@ -289,7 +300,7 @@ def train(
           {"step": done, "epoch": done / per_epoch, **values, "lr": float(schedule(i)),
            "images_per_second": rate}
         )  # fmt: skip
-        bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{rate:.0f}")
+        bar.set_postfix(loss=f"{values['loss']:.4f}", images_per_s=f"{rate:.0f}", refresh=False)
       if at_checkpoint:
         manager.save(
           done,
@@ -300,6 +311,21 @@ def train(
       if on_sample is not None and t.sample_every and (done % t.sample_every == 0 or done == total):
         on_sample(state.ema, done)
     return state
+
+
+@contextlib.contextmanager
+def _noting_what_is_kept(workdir: pathlib.Path, manager: ocp.CheckpointManager) -> Iterator[None]:
+  """Adds to an interrupt from which update the same command goes on."""
+  try:
+    yield
+  except KeyboardInterrupt as interrupt:
+    latest = manager.latest_step()
+    interrupt.add_note(
+      "no checkpoint was due yet, the same command starts anew"
+      if latest is None
+      else f"{workdir / 'checkpoints' / str(latest)} is kept, the same command goes on from there"
+    )
+    raise
 
 
 def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Params, int]:
@@ -329,5 +355,27 @@ def load_ema(workdir: str | os.PathLike[str], config: ModelConfig) -> tuple[Para
     latest = manager.latest_step()
     if latest is None:
       raise ValueError(f"{directory}: found no checkpoint, expected one of a training run")
+    _check_model(directory / str(latest), config)
     state = manager.restore(latest, args=ocp.args.Composite(state=restore))["state"]
   return jax.tree.map(np.asarray, state["ema"]), latest
+
+
+def _check_model(directory: pathlib.Path, config: ModelConfig) -> None:
+  """Compares the shapes in a checkpoint with a model's, before anything is read.
+
+  Raises:
+    ValueError: names the checkpoint and the first parameter that is another, or is not there.
+  """
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    stored = checkpointer.metadata(directory / "state").item_metadata.tree["ema"]
+  found, expected = (
+    {"/".join(k.key for k in path): list(leaf.shape)
+     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in (stored, mar.abstract_params(config))
+  )  # fmt: skip
+  for name in sorted(found.keys() | expected.keys()):
+    if found.get(name) != expected.get(name):
+      raise ValueError(
+        f"{directory}: of another model: {name} is {found.get(name, 'not there')}, expected "
+        f"{expected.get(name, 'none')}; take its configuration, or another --workdir"
+      )

@@ -5,19 +5,22 @@
 
 `config.json` holds the format, the model configuration, the dtype of the stored parameters, the
 default sampling configuration and the SHA-256 of every file in `params/`; its own last entry is the
-SHA-256 of the rest. So a truncated or altered file is refused instead of being sampled from.
+SHA-256 of the rest. So a truncated, altered or added file is refused instead of being sampled from.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Generic, Literal, TypeAlias, TypedDict, TypeVar, overload
@@ -31,6 +34,7 @@ from jax.tree_util import KeyPath
 from marche_jax import config as config_lib
 from marche_jax import embedded
 from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
+from marche_jax.files import user_path
 from marche_jax.models import mar, vae
 from marche_jax.models.params import Leaf, Params
 
@@ -39,6 +43,7 @@ PartConfig: TypeAlias = ModelConfig | VAEConfig
 C = TypeVar("C", bound=ModelConfig | VAEConfig | SampleConfig, covariant=True)
 
 FORMAT = 1
+_RESERVED = 1 << 26  # bytes reserved at a time
 DTYPES = ("float32", "float16", "bfloat16")
 
 KINDS: dict[str, type[ModelConfig] | type[VAEConfig]] = {"mar": ModelConfig, "vae": VAEConfig}
@@ -62,6 +67,14 @@ class Model:
   vae_config: VAEConfig | None = None
   vae_params: Params | None = None
   sample_config: SampleConfig | None = None
+
+  @functools.cached_property
+  def weights_digest(self) -> str:
+    """Names all weights, the autoencoder's too: SHA-256 of their values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves((self.params, self.vae_params)):
+      digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def abstract_params(kind: str, config: PartConfig) -> Params:
@@ -93,7 +106,7 @@ def save_model(
   destination is as it was before. Contiguous host arrays of the stored dtype are not copied.
 
   Args:
-    directory: of the checkpoint; made where it does not exist.
+    directory: of the checkpoint, `~` is the home directory; made where it does not exist.
     kind: 'mar' or 'vae'.
     config: that the parameters belong to.
     params: nested dict of floating-point arrays, as `abstract_params(kind, config)`.
@@ -107,6 +120,7 @@ def save_model(
       already, a directory that cannot be written or has too little space.
   """
   _check_kind(kind)
+  directory = user_path(directory, "directory")
   if dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
   if not isinstance(config, KINDS[kind]):
@@ -135,6 +149,7 @@ def check_destination(
 ) -> None:
   """Raises ValueError where `save_model` would refuse the place: for a check before long work."""
   _check_kind(kind)
+  directory = user_path(directory, "directory")
   if _has_kind(directory, kind) and not overwrite:
     raise ValueError(f"{directory}: holds a {kind!r} already; overwrite it explicitly")
   root = pathlib.Path(directory).absolute()
@@ -148,7 +163,7 @@ def load_model(directory: PathLike | None = None, config: ModelConfig | None = N
   """Loads what `save_model` stored, verified, as float32 arrays on the default device.
 
   Args:
-    directory: of the checkpoint; default: the embedded model.
+    directory: of the checkpoint; `~` is the home directory. Default: the embedded model.
     config: the configuration that the caller wants to use. It must agree with the stored one in
       all that shapes the samples; what only training uses (dropout, ...) is taken from it.
 
@@ -156,7 +171,7 @@ def load_model(directory: PathLike | None = None, config: ModelConfig | None = N
     ValueError: no directory, no checkpoint, a truncated or altered file, a later format, or
       a `config` that does not fit (the message names the fields).
   """
-  directory = embedded.CHECKPOINT if directory is None else directory
+  directory = embedded.CHECKPOINT if directory is None else user_path(directory, "directory")
   stored = _read_config(directory, "mar", ModelConfig)
   if config is not None:
     _check_fits(directory, config, stored.config)
@@ -184,6 +199,7 @@ def load_part(directory: PathLike, kind: str) -> tuple[PartConfig, Params]:
     ValueError: as `load_model`.
   """
   _check_kind(kind)
+  directory = user_path(directory, "directory")
   stored = _read_config(directory, kind, KINDS[kind])
   return stored.config, _load_params(directory, stored)
 
@@ -198,8 +214,13 @@ def _save_params(path: pathlib.Path, params: Params, dtype: str) -> None:
   context.array.saving.use_compression = False
   context.memory.deepcopy_host_arrays = False
   arrays = jax.tree_util.tree_map_with_path(lambda p, leaf: _as_stored(p, leaf, dtype), params)
-  with context:
-    ocp.save(path, arrays)
+  try:
+    with context:
+      ocp.save(path, arrays)
+  except Exception as error:  # tensorstore says all in a ValueError, of some thousand letters
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    reason = os.strerror(int(code[1])) if code else str(error)
+    raise ValueError(f"{path.parents[1]}: cannot be written ({reason})") from error
   # Orbax writes the absolute path of the checkpoint here; only the file's presence counts.
   (path / "commit_success.txt").write_text("committed\n")
 
@@ -228,12 +249,13 @@ def _written_aside(
       root.mkdir(parents=True, exist_ok=True)
       aside = root / f".{target.name}.{uuid.uuid4().hex}"
       aside.mkdir()
-      free = shutil.disk_usage(root).free
+      size = jnp.dtype(dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
+      if size > (free := shutil.disk_usage(root).free):
+        raise ValueError(f"{root}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+      _reserve(aside / "space", size)
     except OSError as error:
-      raise ValueError(f"{root}: cannot be written ({error})") from error
-    size = jnp.dtype(dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
-    if size > free:
-      raise ValueError(f"{root}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+      reason = error.strerror or error
+      raise ValueError(f"{root}: cannot be written ({reason})") from error
     yield aside
     if os.path.lexists(target):
       old = aside.with_name(aside.name + ".old")
@@ -253,6 +275,27 @@ def _written_aside(
       with contextlib.suppress(OSError):
         path.rmdir()
     raise
+
+
+def _reserve(path: pathlib.Path, size: int) -> None:
+  """Raises OSError where a file of this size cannot be had: a quota, a limit, a full disk.
+
+  Better asked of a file that is removed again than of Orbax, whose threads end in pages of
+  tracebacks. File systems that cannot reserve are not asked, and slow ones for two seconds.
+  """
+  if not hasattr(os, "posix_fallocate"):  # macOS
+    return
+  deadline = time.monotonic() + 2
+  try:
+    with path.open("wb") as file:
+      for start in range(0, size, _RESERVED):
+        if time.monotonic() < deadline:
+          os.posix_fallocate(file.fileno(), start, min(_RESERVED, size - start))
+  except OSError as error:
+    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
+      raise
+  finally:
+    path.unlink(missing_ok=True)
 
 
 def sealed(body: dict[str, object]) -> str:
@@ -307,11 +350,8 @@ def _read_config(directory: PathLike, kind: str, cls: type[C]) -> _Stored[C]:
     raise ValueError(f"checkpoint {directory}: {kind}/config.json is damaged ({error})") from error
   if not intact:
     raise ValueError(f"checkpoint {directory}: {kind}/config.json is damaged or was edited")
-  with _named(directory):
-    if body["format"] != FORMAT:
-      raise ValueError(f"format={body['format']!r}: expected {FORMAT}")
-    if body["kind"] != kind:
-      raise ValueError(f"{kind}/config.json kind={body['kind']!r}: expected {kind!r}")
+  with _named(f"{directory}: {kind}/config.json"):
+    _check_body(body, kind)
     return _Stored(
       kind,
       body["dtype"],
@@ -319,6 +359,39 @@ def _read_config(directory: PathLike, kind: str, cls: type[C]) -> _Stored[C]:
       None if body["sample"] is None else _build(SampleConfig, body["sample"]),
       body["files"],
     )
+
+
+def _check_body(body: dict[str, object], kind: str) -> None:
+  """Raises ValueError, naming the field, where a config.json is not as `save_model` writes it."""
+  if body.get("format") != FORMAT:  # first: a later one may have other fields
+    raise ValueError(f"format={body.get('format')!r}: expected {FORMAT}")
+  expected = {"format", "kind", "dtype", "config", "sample", "files"}
+  if missing := expected - body.keys():
+    raise ValueError(f"missing field {min(missing)}")
+  if unknown := body.keys() - expected:
+    raise ValueError(f"unknown field {min(unknown)}")
+  if body["kind"] != kind:
+    raise ValueError(f"kind={body['kind']!r}: expected {kind!r}")
+  if body["dtype"] not in DTYPES:
+    raise ValueError(f"dtype={body['dtype']!r}: expected one of {', '.join(DTYPES)}")
+  for field in ("config", "sample"):
+    if not isinstance(body[field], dict) and (field, body[field]) != ("sample", None):
+      raise ValueError(f"{field}={body[field]!r}: expected fields and their values")
+  files = body["files"]
+  if not isinstance(files, dict) or not files:
+    raise ValueError(f"files={files!r}: expected every file in params/, with its size and SHA-256")
+  for name, file in files.items():
+    parts = pathlib.PurePosixPath(name).parts
+    if parts[:1] != ("params",) or ".." in parts or "\\" in name or "\0" in name:
+      raise ValueError(f"files: {name!r}: expected a path below params/")
+    if not (
+      isinstance(file, dict)
+      and file.keys() == {"bytes", "sha256"}
+      and type(file["bytes"]) is int
+      and isinstance(file["sha256"], str)
+      and re.fullmatch("[0-9a-f]{64}", file["sha256"])
+    ):
+      raise ValueError(f"files: {name}: expected bytes and sha256, found {file!r}")
 
 
 def _build(cls: type[C], values: dict[str, object]) -> C:
@@ -330,8 +403,11 @@ def _load_params(directory: PathLike, stored: _Stored[PartConfig]) -> Params:
   """Verifies every file, then restores: nested dict of float32 numpy arrays."""
   kind = stored.kind
   base = pathlib.Path(directory) / kind
+  _check_listed(directory, base, stored.files)
   for name, expected in stored.files.items():
     path = base / name
+    if not path.resolve().is_relative_to(base.resolve()):
+      raise ValueError(f"checkpoint {directory}: {kind}/{name} is a link out of {kind}/")
     if not path.is_file():
       raise ValueError(f"checkpoint {directory}: {kind}/{name} is missing")
     if (size := path.stat().st_size) != expected["bytes"]:
@@ -344,13 +420,29 @@ def _load_params(directory: PathLike, stored: _Stored[PartConfig]) -> Params:
   expected_params = abstract_params(kind, stored.config)
   request = jax.tree.map(lambda leaf: _HostArray(leaf.shape, dtype), expected_params)
   with _named(directory):
+    # Orbax takes stored arrays of any shape for the numpy arrays asked for: before it makes them,
+    # see that they are the expected ones.
+    metadata = ocp.metadata(base.absolute() / "params").metadata
+    _check_tree(metadata, expected_params, kind, dtype)
     params = ocp.load(base.absolute() / "params", request)
-    _check_tree(params, expected_params, kind)  # Orbax checks the names, of numpy arrays no shape
   leaves, treedef = jax.tree.flatten(params)
   del params
   for i, leaf in enumerate(leaves):
     leaves[i] = leaf.astype(np.float32, copy=False)
   return jax.tree.unflatten(treedef, leaves)
+
+
+def _check_listed(directory: PathLike, base: pathlib.Path, files: dict[str, _File]) -> None:
+  """Refuses what lies in params/ without a digest: Orbax would read it."""
+  for root, folders, names in os.walk(base / "params"):
+    links = [name for name in folders if (pathlib.Path(root) / name).is_symlink()]
+    for name in names + links:
+      path = (pathlib.Path(root) / name).relative_to(base).as_posix()
+      if path not in files:
+        raise ValueError(
+          f"checkpoint {directory}: {base.name}/{path} is not listed in {base.name}/config.json: "
+          "remove it if it is not of the checkpoint"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,21 +492,30 @@ def _check_beside(root: PathLike, config: PartConfig) -> None:
     config_lib.check_vae(*pair)
 
 
-def _check_tree(params: Params, expected: Params, name: str) -> None:
-  """Refuses parameters whose names or shapes are not the expected ones, or that are not floats."""
+def _check_tree(params: Params, expected: Params, name: str, dtype: np.dtype | None = None) -> None:
+  """Refuses parameters whose names or shapes are not the expected ones, or that are no floats.
+
+  Args:
+    params: arrays, or Orbax's descriptions of stored ones.
+    expected: as `abstract_params` gives them.
+    name: of the whole, for messages.
+    dtype: that all of them must have; None: any float.
+  """
   found = {_path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(params)}
   wanted = {_path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(expected)}
   for path in sorted(set(found) | set(wanted)):
     if path not in wanted:
-      raise ValueError(f"{name}: unknown parameter {path} of shape {np.shape(found[path])}")
+      raise ValueError(f"{name}: unknown parameter {path} of shape {found[path].shape}")
     if path not in found:
       raise ValueError(f"{name}: missing parameter {path} of shape {wanted[path].shape}")
-    if tuple(np.shape(found[path])) != tuple(wanted[path].shape):
+    if tuple(found[path].shape) != tuple(wanted[path].shape):
       raise ValueError(
-        f"{name}: {path} has shape {np.shape(found[path])}, expected {wanted[path].shape}"
+        f"{name}: {path} has shape {found[path].shape}, expected {wanted[path].shape}"
       )
     if not jnp.issubdtype(found[path].dtype, jnp.floating):
       raise ValueError(f"{name}: {path} has dtype {found[path].dtype}, expected a float")
+    if dtype is not None and found[path].dtype != dtype:
+      raise ValueError(f"{name}: {path} has dtype {found[path].dtype}, expected {dtype}")
 
 
 def _path_name(path: KeyPath) -> str:
@@ -422,12 +523,12 @@ def _path_name(path: KeyPath) -> str:
 
 
 @contextlib.contextmanager
-def _named(directory: PathLike) -> Iterator[None]:
-  """Turns what goes wrong inside into a ValueError that names the checkpoint."""
+def _named(place: PathLike) -> Iterator[None]:
+  """Turns what goes wrong inside into a ValueError that names the checkpoint, or a file of it."""
   try:
     yield
   except Exception as error:
-    raise ValueError(f"checkpoint {directory}: {error}") from error
+    raise ValueError(f"checkpoint {place}: {error}") from error
 
 
 def _sha256(path: pathlib.Path) -> str:

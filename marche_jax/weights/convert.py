@@ -16,6 +16,7 @@ import functools
 import importlib
 import json
 import operator
+import os
 import pathlib
 import pickle
 import re
@@ -26,11 +27,12 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+from absl import logging
 
-from marche_jax.files import atomic_write
+from marche_jax.files import atomic_write, user_path
 from marche_jax.models import vae
 from marche_jax.models.params import Params
-from marche_jax.weights import checkpoint
+from marche_jax.weights import archive, checkpoint
 from marche_jax.weights.checkpoint import PartConfig, PathLike
 
 if TYPE_CHECKING:
@@ -38,6 +40,17 @@ if TYPE_CHECKING:
   import torch
 
 MAX_LISTED_PROBLEMS = 10
+
+ABSURD = 1e3
+"""Weights beyond this, and beyond `ABSURD_RATIO` times their tensor's median, are warned of.
+
+A float32 weight of 0.02 with one bit of its exponent flipped is 1,300 at the least where it grows
+by more than a factor of 256; a trained network has no weight near that in a tensor of small
+ones."""
+
+ABSURD_RATIO = 1e4
+
+_TORCH_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # in the first record before torch 1.6
 
 _FLOATS = ("float32", "float16", "bfloat16")  # float64 would lose digits, integers are no weights
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
@@ -141,12 +154,14 @@ def open_weights(path: PathLike, kind: str, weights: str = "ema") -> dict[str, T
 
   Raises:
     ValueError: no such file, another suffix, a damaged file, a pickle that wants anything but
-      tensors and `argparse.Namespace`, a file without the asked-for set.
+      tensors and `argparse.Namespace`, a file without the asked-for set; starts with the path.
     ImportError: where torch or safetensors is needed and missing.
   """
   if weights not in ("ema", "model"):
     raise ValueError(f"weights={weights!r}: expected 'ema' or 'model'")
-  path = pathlib.Path(path)
+  path = user_path(path, "path")
+  if path.is_dir():
+    raise ValueError(f"{path}: expected a file (.pth, .ckpt, .safetensors), found a directory")
   if not path.is_file():
     raise ValueError(f"{path}: no such file")
   if path.suffix == ".safetensors":
@@ -156,26 +171,20 @@ def open_weights(path: PathLike, kind: str, weights: str = "ema") -> dict[str, T
   raise ValueError(f"{path}: expected a name ending in .pth, .ckpt or .safetensors")
 
 
-def is_mappable(path: PathLike) -> bool:
-  """Whether a torch file is a zip archive; older ones can only be read whole."""
-  with open(path, "rb") as file:
-    return file.read(4) == b"PK\x03\x04"
-
-
 def read_torch(path: PathLike, weights: str = "ema") -> dict[str, Tensor]:
   """Tensors of a torch file `{'model': ..., 'model_ema': ...}`, mapped into memory, not read.
 
   Nothing in the file is executed: torch's weights-only unpickler builds tensors, plain containers
-  and `argparse.Namespace` (the reference stores its arguments as one) and refuses all else. A file
-  in torch's format before 1.6 cannot be mapped and is read whole (see `is_mappable`).
+  and `argparse.Namespace` (the reference stores its arguments as one) and refuses all else. The
+  checksums of all that is in the archive are compared first. A file in torch's format before 1.6
+  has none and cannot be mapped: it is read whole (see `archive.is_archive`).
 
   Raises:
     ValueError, ImportError: as `open_weights`.
   """
   torch = _import("torch")
   try:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-      content = torch.load(str(path), map_location="cpu", mmap=is_mappable(path), weights_only=True)
+    content = _torch_content(torch, path)
   except pickle.UnpicklingError as error:
     wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
     if wanted:
@@ -183,9 +192,9 @@ def read_torch(path: PathLike, weights: str = "ema") -> dict[str, Tensor]:
         f"{path}: refused, its pickle asks for {wanted[1]}, which weights do not need; "
         "nothing in it was executed"
       ) from error
-    raise ValueError(f"{path}: not a readable torch file ({_first_line(error)})") from error
+    raise ValueError(f"{path}: not a readable torch file ({_reason(error)})") from error
   except Exception as error:  # torch raises RuntimeError, EOFError, KeyError, ... on damage
-    raise ValueError(f"{path}: not a readable torch file ({_first_line(error)})") from error
+    raise ValueError(f"{path}: not a readable torch file ({_reason(error)})") from error
   key = {"ema": "model_ema", "model": "model"}[weights]
   state = content.get(key) if isinstance(content, dict) else None
   if not isinstance(state, dict):
@@ -202,6 +211,26 @@ def read_torch(path: PathLike, weights: str = "ema") -> dict[str, Tensor]:
     )
     for name, tensor in state.items()
   }
+
+
+def _torch_content(torch: ModuleType, path: PathLike) -> object:
+  """What torch.save was given, as far as weights need it."""
+  with open(path, "rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
+    if archive.is_archive(path):
+      archive.check_archive(path)
+      return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    start = file.read(512)
+    if not start:
+      raise ValueError("it is empty")
+    if start[257:262] == b"ustar":
+      raise ValueError("torch's tar format of before 0.1.10: save it again with torch.save")
+    if start.startswith(b"\x80") and _TORCH_MAGIC not in start[:32]:
+      raise ValueError("a bare pickle, which torch.save did not write; nothing in it was executed")
+    file.seek(0)
+    content: object = torch.load(file, map_location="cpu", weights_only=True)
+    if rest := os.fstat(file.fileno()).st_size - file.tell():
+      raise ValueError(f"{rest} bytes follow its last tensor")
+    return content
 
 
 def _torch_values(tensor: torch.Tensor) -> np.ndarray:
@@ -242,6 +271,7 @@ def convert(
   kind: str,
   config: PartConfig,
   progress: Callable[[int, int], None] = lambda done, total: None,
+  warn: Callable[[str], None] = logging.warning,
 ) -> Params:
   """Our parameters from the reference's tensors: nested dict of float32 numpy arrays.
 
@@ -252,6 +282,8 @@ def convert(
     kind: 'mar' or 'vae'.
     config: ModelConfig or VAEConfig.
     progress: called with the numbers of tensors done and in all.
+    warn: called with a sentence about every tensor with weights that are finite and absurd: a
+      format without checksums (safetensors, torch before 1.6) does not notice a flipped bit.
 
   Raises:
     ValueError: a tensor that is missing, unknown, misshaped, of another dtype (the first 10
@@ -266,6 +298,8 @@ def convert(
     values = tensors[name].read()
     if not np.isfinite(values).all():
       raise ValueError(f"tensor {name}: holds NaN or infinity")
+    if absurd := _absurd(values):
+      warn(f"tensor {name}: {absurd}; the file may be damaged")
     leaf = _leaf(params, target.path)
     (leaf if target.layer is None else leaf[target.layer])[...] = values.transpose(target.axes)
     progress(done, len(wanted))
@@ -293,6 +327,17 @@ def check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Target]) -> None:
     rest = len(problems) - MAX_LISTED_PROBLEMS
     more = f"; and {rest} more" if rest > 0 else ""
     raise ValueError("; ".join(problems[:MAX_LISTED_PROBLEMS]) + more)
+
+
+def _absurd(values: np.ndarray) -> str | None:
+  """What is absurd about finite weights, or None."""
+  largest = max(float(values.max()), -float(values.min()))
+  if largest <= ABSURD:
+    return None
+  median = float(np.median(np.abs(values)))
+  if largest <= ABSURD_RATIO * median:
+    return None
+  return f"largest weight {largest:.3g}, median {median:.3g}"
 
 
 def write_safetensors(
@@ -342,6 +387,14 @@ def _import(module: str) -> ModuleType:
     raise ImportError(
       f'{module} is needed to read this file: pip install "marche_jax[convert]"'
     ) from error
+
+
+def _reason(error: BaseException) -> str:
+  """Why torch refused a file, without its advice to execute what is in it."""
+  if found := re.search(r"WeightsUnpickler error: (.+)", str(error)):
+    return found[1][:200]
+  line = _first_line(error)
+  return "torch cannot read it as weights" if re.search("(?i)weights.only", line) else line
 
 
 def _first_line(error: BaseException) -> str:

@@ -254,7 +254,7 @@ PLANNED: dict[str, object] = {
 def saved(tmp_path: pathlib.Path) -> pathlib.Path:
   path = tmp_path / "plan.json"
   chosen = dataclasses.replace(MARCHE, **PLANNED, refresh_interval=2)
-  plan_file.save_plan(path, tiny.MODEL, chosen, np.arange(64.0).reshape(8, 8))
+  plan_file.save_plan(path, tiny.MODEL, "d" * 64, chosen, np.arange(64.0).reshape(8, 8))
   return path
 
 
@@ -270,7 +270,15 @@ def test_plan_file(saved: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"num_iter": 9}, "made for num_iter=9, expected 8"),
+    (
+      {"num_iter": 9},
+      r"made for num_iter=9, expected 8: use it with --config\.sample\.num_iter=9$",
+    ),
+    ({"format": "marche_jax refresh plan, version 2"}, "expected .*version 3.* with --calibrate"),
+    ({"weights": None}, "missing field weights"),
+    ({"model": [1]}, r"model=\[1\]: expected fields"),
+    ({"sample": 7}, "sample=7: expected fields"),
+    ({"model": {}}, r"made for another model: model\.img_size=None, now "),
     ({"seq_len": 256}, "made for seq_len=256, expected 16"),
     ({"format": "another"}, "expected a plan file of --calibrate"),
     ({"policy": None}, "missing field policy"),
@@ -294,6 +302,43 @@ def test_wrong_plan_files(saved: pathlib.Path, changes: dict[str, object], messa
   assert str(caught.value).startswith(f"{saved}: ")
 
 
+def test_a_plan_of_another_model_is_refused_by_field(saved: pathlib.Path) -> None:
+  """As many tokens, as MAR-B and MAR-H have: what it was measured on is another model's drift."""
+  other = dataclasses.replace(tiny.MODEL, decoder_depth=tiny.MODEL.decoder_depth + 1)
+  depth = tiny.MODEL.decoder_depth
+  with pytest.raises(
+    ValueError, match=f"another model: model.decoder_depth={depth}, now {depth + 1}$"
+  ):
+    plan_file.load_plan(saved, other, MARCHE)
+  trained = dataclasses.replace(tiny.MODEL, label_drop_prob=0.7)  # of training alone
+  plan_file.load_plan(saved, trained, MARCHE)
+
+
+def test_a_plan_measured_otherwise_is_warned_of_by_field(
+  saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  told: list[str] = []
+  monkeypatch.setattr(plan_file.logging, "warning", lambda text, *args: told.append(text % args))
+  plan_file.load_plan(saved, tiny.MODEL, MARCHE, lambda: "d" * 64)
+  assert told == []
+  # disa brings its own diffusion steps, and head_cache is lazymar's: neither changes a thing.
+  other = dataclasses.replace(
+    MARCHE, cfg=1.5, temperature=0.5, num_sampling_steps=3, head_cache=True
+  )
+  plan_file.load_plan(saved, tiny.MODEL, other, lambda: "e" * 64)
+  assert [text.partition(": measured ")[2].partition(";")[0] for text in told] == [
+    f"with sample.cfg={MARCHE.cfg!r}, now 1.5",
+    f"with sample.temperature={MARCHE.temperature!r}, now 0.5",
+    "on other weights",
+  ]
+  assert all(text.startswith(f"{saved}: ") for text in told)
+
+
+def test_a_directory_is_no_plan(tmp_path: pathlib.Path) -> None:
+  with pytest.raises(ValueError, match=f"{tmp_path}: expected a plan file .*[Dd]irectory"):
+    plan_file.load_plan(tmp_path, tiny.MODEL, MARCHE)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"\xff\xfe"])
 def test_files_that_are_no_plans(tmp_path: pathlib.Path, content: bytes) -> None:
   (tmp_path / "plan.json").write_bytes(content)
@@ -308,7 +353,7 @@ def test_bad_flags(model: Model, tmp_path: pathlib.Path) -> None:
   with pytest.raises(ValueError, match="file: expected a directory"):
     (tmp_path / "file").touch()
     sample.write_calibrated(str(tmp_path / "file" / "plan.json"), model, MARCHE)
-  with pytest.raises(FileNotFoundError, match=r"absent\.json"):
+  with pytest.raises(ValueError, match=r"absent\.json: expected a plan file .*No such file"):
     sample.under_policy(str(tmp_path / "absent.json"), tiny.MODEL, MARCHE, [])
 
 

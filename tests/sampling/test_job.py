@@ -25,11 +25,17 @@ def model() -> Model:
 
 
 def draw(
-  model: Model, out: pathlib.Path, num: int = 6, batch_size: int = 4, **options: bool
+  model: Model,
+  out: pathlib.Path,
+  num: int = 6,
+  batch_size: int = 4,
+  save_latents: bool = False,
+  **options: bool,
 ) -> job.Report:
   labels = job.choose_labels(None, num, tiny.MODEL.class_num)
   settings = RunSettings(batch_size=batch_size, seed=3)
-  return job.run(model, tiny.SAMPLE, labels, settings, out, **options)
+  drawing = job.Job(model, tiny.SAMPLE, labels, settings, out, save_latents=save_latents)
+  return job.run(drawing, **options)
 
 
 def test_files_and_batch_size(model: Model, tmp_path: pathlib.Path) -> None:
@@ -104,9 +110,10 @@ def test_other_weights_do_not_go_on_with_the_old_batches(
   draw_one_batch(model, tmp_path)
   settings = RunSettings(batch_size=2, seed=3)
   labels = job.choose_labels(None, 6, tiny.MODEL.class_num)
-  assert job.Job(model, tiny.SAMPLE, labels, settings, tmp_path).num_missing() == 4
-  assert job.Job(other, tiny.SAMPLE, labels, settings, tmp_path).num_missing() == 6
-  assert len(list((tmp_path / "partial").iterdir())) == 2
+  jobs = [job.Job(m, tiny.SAMPLE, labels, settings, tmp_path) for m in (model, other)]
+  assert [j.num_missing() for j in jobs] == [4, 6]
+  assert len({j.partial for j in jobs}) == 2
+  assert jobs[1].others() == [jobs[0].partial] and jobs[0].others() == []
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -200,11 +202,132 @@ def test_an_edited_config_is_refused(copied):
 
 def test_another_format_or_an_unknown_field_is_refused(copied):
   reseal(copied, lambda body: body.update(format=2))
-  with pytest.raises(ValueError, match=rf"{copied}: format=2: expected 1"):
+  with pytest.raises(ValueError, match=rf"{copied}: mar/config\.json: format=2: expected 1"):
     checkpoint.load_model(copied)
   reseal(copied, lambda body: body.update(format=1, config={**body["config"], "surprise": 1}))
-  with pytest.raises(ValueError, match=rf"{copied}: unknown field surprise"):
+  with pytest.raises(ValueError, match=rf"{copied}: mar/config\.json: unknown field surprise"):
     checkpoint.load_model(copied)
+
+
+def _file(body) -> dict[str, object]:
+  return next(iter(body["files"].values()))
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    (lambda b: b.pop("format"), "format=None: expected 1"),
+    (lambda b: b.pop("kind"), "missing field kind"),
+    (lambda b: b.pop("dtype"), "missing field dtype"),
+    (lambda b: b.pop("files"), "missing field files"),
+    (lambda b: b.update(notes="x"), "unknown field notes"),
+    (lambda b: b.update(kind="vae"), "kind='vae': expected 'mar'"),
+    (lambda b: b.update(dtype="float64"), "dtype='float64': expected one of float32"),
+    (lambda b: b.update(dtype=["float32"]), r"dtype=\['float32'\]: expected one of float32"),
+    (lambda b: b.update(config=None), "config=None: expected fields"),
+    (lambda b: b.update(sample=[]), r"sample=\[\]: expected fields"),
+    (lambda b: b.update(files={}), r"files=\{\}: expected every file in params/"),
+    (lambda b: b.update(files=[1]), r"files=\[1\]: expected every file in params/"),
+    (lambda b: b["files"].update({"/etc/passwd": _file(b)}), "'/etc/passwd': expected a path"),
+    (lambda b: b["files"].update({"params/../../x": _file(b)}), r"'params/\.\./\.\./x': expected"),
+    (lambda b: b["files"].update({"config.json": _file(b)}), r"'config\.json': expected a path"),
+    (lambda b: b["files"].update({"params/x": {}}), "params/x: expected bytes and sha256"),
+    (lambda b: b["files"].update({"params/x": 3}), "params/x: expected bytes and sha256"),
+    (lambda b: _file(b).update(bytes="264"), "expected bytes and sha256, found .*'264'"),
+    (lambda b: _file(b).update(sha256="0" * 63), "expected bytes and sha256"),
+    (lambda b: _file(b).update(sha256=None), "expected bytes and sha256"),
+  ],
+)
+def test_a_config_of_other_fields_is_refused_by_file_and_field(copied, change, message):
+  """Sealed, as by another program: nothing of it is an error inside the loader."""
+  reseal(copied, change)
+  with pytest.raises(ValueError, match=rf"^checkpoint {copied}: mar/config\.json: .*{message}"):
+    checkpoint.load_model(copied)
+  with pytest.raises(ValueError, match=message):
+    checkpoint.load_part(copied, "mar")
+
+
+def test_a_file_without_a_digest_is_refused(copied):
+  """Orbax would read it: a second manifest changes every array."""
+  names = [
+    p.relative_to(copied / "mar").as_posix() for p in stored_files(copied / "mar" / "params")
+  ]
+  for name in names:  # named in turn as if the digests did not know it
+    content = (copied / "mar" / "config.json").read_text()
+    reseal(copied, lambda body, name=name: body["files"].pop(name))
+    with pytest.raises(ValueError, match=rf"mar/{name} is not listed in mar/config\.json"):
+      checkpoint.load_model(copied)
+    (copied / "mar" / "config.json").write_text(content)
+  (copied / "mar" / "notes.txt").write_text("beside params/: nobody reads it")
+  checkpoint.load_model(copied)
+  (copied / "mar" / "params" / "more").symlink_to(copied)
+  with pytest.raises(ValueError, match=r"mar/params/more is not listed"):
+    checkpoint.load_model(copied)
+
+
+def test_a_link_out_of_the_checkpoint_is_refused(copied, tmp_path):
+  name = stored_files(copied / "mar" / "params")[0]
+  name.rename(tmp_path / "elsewhere")
+  name.symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(ValueError, match=rf"mar/params/.*{name.name} is a link out of mar/"):
+    checkpoint.load_model(copied)
+  (tmp_path / "elsewhere").rename(name)
+  (tmp_path / "link").symlink_to(copied)  # the directory itself may lie anywhere
+  checkpoint.load_model(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+  ("name", "other", "message"),
+  [
+    ("mask_token", np.zeros((1 << 20, 1), np.float32), r"shape \(1048576, 1\), expected \(1, 1"),
+    ("mask_token", np.zeros((1, 1, 24), np.float16), r"dtype float16, expected float32"),
+    ("mask_token", np.zeros((1, 1, 24), np.int32), r"dtype int32, expected a float"),
+    ("extra", np.zeros(2, np.float32), r"unknown parameter extra"),
+  ],
+)
+def test_stored_arrays_of_another_shape_are_never_made(
+  copied, params, name, other, message, monkeypatch
+):
+  """Sealed with valid digests; the stored shape is a number, which costs nothing to make large."""
+  stored = copied / "mar" / "params"
+  shutil.rmtree(stored)
+  checkpoint.ocp.save(stored, {**params, name: other})
+  entries = {
+    f"params/{p.relative_to(stored).as_posix()}": {
+      "bytes": p.stat().st_size, "sha256": checkpoint._sha256(p)
+    }
+    for p in stored_files(stored)
+  }  # fmt: skip
+  reseal(copied, lambda body: body.update(files=entries))
+
+  def load(*args):
+    raise AssertionError("arrays were made before their shapes were looked at")
+
+  monkeypatch.setattr(checkpoint.ocp, "load", load)
+  with pytest.raises(ValueError, match=rf"checkpoint {copied}: mar: .*{name}.*") as error:
+    checkpoint.load_model(copied)
+  assert re.search(message, str(error.value))
+
+
+def test_the_home_directory(saved, params, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(saved.parent))
+  assert checkpoint.load_model(f"~/{saved.name}").config == MODEL
+  assert checkpoint.load_part(f"~/{saved.name}", "mar")[0] == MODEL
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  checkpoint.save_model("~/new", "mar", MODEL, params)
+  assert [p.name for p in tmp_path.iterdir()] == ["new"]
+  with pytest.raises(ValueError, match="expected a path, found an empty text"):
+    checkpoint.load_model("")
+
+
+def test_the_digest_of_weights(saved, params):
+  model = checkpoint.load_model(saved)
+  assert re.fullmatch("[0-9a-f]{64}", model.weights_digest)
+  assert checkpoint.load_model(saved).weights_digest == model.weights_digest
+  changed = dict(params, mask_token=params["mask_token"] + 1)
+  assert dataclasses.replace(model, params=changed).weights_digest != model.weights_digest
+  assert dataclasses.replace(model, vae_params=changed).weights_digest != model.weights_digest
 
 
 def test_fields_younger_than_the_checkpoint_take_their_defaults(copied):
@@ -245,13 +368,46 @@ def test_a_failing_save_leaves_everything_as_it_was(copied, params, tmp_path, mo
 
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.ocp, "save", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
+    with pytest.raises(ValueError, match=r"a/b: cannot be written \(disk full\)"):
       checkpoint.save_model(tmp_path / "a" / "b", "mar", MODEL, params)
-    with pytest.raises(RuntimeError, match="disk full"):
+    with pytest.raises(ValueError, match=r"copied: cannot be written \(disk full\)"):
       checkpoint.save_model(copied, "mar", MODEL, params, overwrite=True)
   assert not (tmp_path / "a").exists()
   assert [p.name for p in copied.iterdir()] == ["mar"]
   assert_equal(checkpoint.load_model(copied).params, params)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to reserve space")
+def test_a_place_that_takes_no_more_is_noticed_before_writing(params, tmp_path, monkeypatch):
+  """By a limit of file sizes, as a quota or a disk would: no traceback of Orbax's threads."""
+  resource = pytest.importorskip("resource")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  monkeypatch.setattr(checkpoint.ocp, "save", None)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+  try:
+    with pytest.raises(ValueError, match=r"a/b: cannot be written \(File too large\)$"):
+      checkpoint.save_model(tmp_path / "a" / "b", "mar", MODEL, params)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not (tmp_path / "a").exists()
+
+
+def test_a_file_system_that_reserves_nothing_is_written_all_the_same(params, tmp_path, monkeypatch):
+  def refuse(*args):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+  monkeypatch.setattr(checkpoint.os, "posix_fallocate", refuse, raising=False)
+  checkpoint.save_model(tmp_path / "new", "mar", MODEL, params)
+  checkpoint.load_model(tmp_path / "new")
+
+
+def test_tensorstores_reason_is_short(params, tmp_path, monkeypatch):
+  def fail(path, tree):
+    raise ValueError("OUT_OF_RANGE: Error [tensorstore_spec='{...}'] [os_error_code='28']")
+
+  monkeypatch.setattr(checkpoint.ocp, "save", fail)
+  with pytest.raises(ValueError, match=r"new: cannot be written \(No space left on device\)$"):
+    checkpoint.save_model(tmp_path / "new", "mar", MODEL, params)
 
 
 def test_too_little_space_is_noticed_before_writing(params, tmp_path, monkeypatch):

@@ -7,10 +7,16 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
+import types
+import warnings
+import zipfile
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -18,7 +24,7 @@ import pytest
 
 from marche_jax import config
 from marche_jax.config import ModelConfig, VAEConfig
-from marche_jax.weights import checkpoint, convert
+from marche_jax.weights import archive, checkpoint, convert
 
 ROOT = pathlib.Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -206,8 +212,8 @@ def test_the_format_before_zip_is_read_too(torch, tmp_path):
   state = state_of(torch, "mar_patch2/checkpoint-last.pth", "model")
   path = tmp_path / "old.pth"
   torch.save({"model_ema": state}, path, _use_new_zipfile_serialization=False)
-  assert not convert.is_mappable(path)
-  assert convert.is_mappable(DATA / "mar_patch2" / "checkpoint-last.pth")
+  assert not archive.is_archive(path)
+  assert archive.is_archive(DATA / "mar_patch2" / "checkpoint-last.pth")
   tensors = convert.open_weights(path, "mar")
   assert all((tensors[name].read() == tensor.numpy()).all() for name, tensor in state.items())
 
@@ -297,6 +303,224 @@ def test_a_malicious_pickle_is_refused_and_not_executed(wrap, zipped, torch, tmp
   assert not witness.exists()
 
 
+SMALL = DATA / "mar_patch2" / "checkpoint-last.pth"
+
+
+def record(path: pathlib.Path, name: str) -> tuple[int, int]:
+  """Where the contents of a record lie in an archive: their first byte, and how many they are."""
+  with zipfile.ZipFile(path) as content:
+    info = content.getinfo(name)
+  with path.open("rb") as file:
+    file.seek(info.header_offset + 26)
+    lengths = struct.unpack("<HH", file.read(4))
+  return info.header_offset + 30 + sum(lengths), info.file_size
+
+
+def records(path: pathlib.Path) -> list[str]:
+  with zipfile.ZipFile(path) as content:
+    return content.namelist()
+
+
+def test_one_flipped_bit_of_a_tensor_is_refused_by_its_name(torch, tmp_path):
+  path = tmp_path / "weights.pth"
+  state = state_of(torch, "mar_patch2/checkpoint-last.pth", "model_ema")
+  other = {name: tensor + 1 for name, tensor in state.items()}
+  parameter = torch.nn.Parameter(state["fake_latent"])
+  torch.save({"model": other, "model_ema": {**state, "fake_latent": parameter}}, path)
+  whole = path.read_bytes()
+  convert.open_weights(path, "mar")
+  for number, (key, name) in {
+    0: ("model", next(iter(state))),
+    len(state) + list(state).index("z_proj.weight"): ("model_ema", "z_proj.weight"),
+    len(state) + list(state).index("fake_latent"): ("model_ema", "fake_latent"),
+  }.items():
+    start, size = record(path, f"weights/data/{number}")
+    damaged = bytearray(whole)
+    damaged[start + size // 2 // 4 * 4 + 3] ^= 0x40  # the highest bit of an exponent
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError) as error:
+      convert.open_weights(path, "mar")
+    assert str(error.value) == (
+      f"{path}: not a readable torch file (its checksums show damage in "
+      f"weights/data/{number} ({key}/{name}))"
+    )
+    path.write_bytes(whole)
+  start, _ = record(path, "weights/data.pkl")
+  path.write_bytes(whole[: start + 99] + bytes([whole[start + 99] ^ 1]) + whole[start + 100 :])
+  with pytest.raises(ValueError, match=r"damage in weights/data\.pkl\)$"):
+    convert.open_weights(path, "mar")
+
+
+def test_any_flipped_bit_is_refused_or_harmless(torch, tmp_path):
+  """In headers, padding and the directory too: what is accepted holds the same values."""
+  expected = {name: t.read().copy() for name, t in convert.open_weights(SMALL, "mar").items()}
+  path, whole = tmp_path / "weights.pth", SMALL.read_bytes()
+  rng = np.random.default_rng(0)
+  ends = [record(SMALL, name)[0] for name in records(SMALL)]
+  with zipfile.ZipFile(SMALL) as content:
+    directory = content.start_dir
+  places = [*rng.integers(0, len(whole), 15), *(rng.choice(ends, 15) - rng.integers(1, 64, 15)),
+            *rng.integers(directory, len(whole), 15)]  # fmt: skip
+  refused = 0
+  for place in map(int, places):
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << int(rng.integers(8))
+    path.write_bytes(damaged)
+    try:
+      found = convert.open_weights(path, "mar")
+    except ValueError as error:
+      assert str(error).startswith(f"{path}: not a readable torch file (")
+      refused += 1
+      continue
+    assert found.keys() == expected.keys(), place
+    for name, values in expected.items():
+      np.testing.assert_array_equal(found[name].read(), values, err_msg=f"{place} {name}")
+  assert refused > 15
+
+
+def test_a_compressed_or_repeated_record_is_refused(torch, tmp_path):
+  """torch maps the compressed bytes as if they were values."""
+  for compression, repeated, message in (
+    (zipfile.ZIP_DEFLATED, False, "is compressed"),
+    (zipfile.ZIP_STORED, True, "stands there twice"),
+  ):
+    path = tmp_path / "weights.pth"
+    with (
+      zipfile.ZipFile(SMALL) as content,
+      zipfile.ZipFile(path, "w", compression) as changed,
+      warnings.catch_warnings(),
+    ):
+      warnings.simplefilter("ignore")  # of the name that stands there twice
+      for name in content.namelist():
+        changed.writestr(name, content.read(name))
+      if repeated:
+        changed.writestr(name, content.read(name))
+    with pytest.raises(
+      ValueError, match=rf"{path}: not a readable torch file \(record .*{message}"
+    ):
+      convert.open_weights(path, "mar")
+
+
+def test_naming_the_damaged_tensors_executes_nothing(torch, tmp_path):
+  path, witness = tmp_path / "evil.pth", tmp_path / "witness"
+  torch.save({"args": Payload(f"touch {witness}"), "model_ema": {"z": torch.ones(3)}}, path)
+  start, _ = record(path, "evil/data/0")
+  content = bytearray(path.read_bytes())
+  content[start] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match=r"damage in evil/data/0 \(model_ema/z\)"):
+    convert.open_weights(path, "mar")
+  assert not witness.exists()
+
+
+def test_what_follows_the_last_tensor_of_the_old_format_is_refused(torch, tmp_path):
+  path = tmp_path / "old.pth"
+  torch.save({"model_ema": {"z": torch.ones(3)}}, path, _use_new_zipfile_serialization=False)
+  convert.open_weights(path, "mar")
+  whole = path.read_bytes()
+  path.write_bytes(whole + b"123")
+  with pytest.raises(ValueError, match=r"not a readable torch file \(3 bytes follow its last tens"):
+    convert.open_weights(path, "mar")
+  path.write_bytes(whole[:-1])
+  with pytest.raises(ValueError, match="not a readable torch file"):
+    convert.open_weights(path, "mar")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_bare_pickle_is_refused_without_advice_to_execute_it(protocol, torch, tmp_path):
+  path, witness = tmp_path / "bare.pth", tmp_path / "witness"
+  for content in ({"model_ema": {"z": np.ones(3)}}, Payload(f"touch {witness}")):
+    path.write_bytes(pickle.dumps(content, protocol))
+    with pytest.raises(ValueError, match=rf"^{path}: ") as error:
+      convert.open_weights(path, "mar")
+    assert "weights_only" not in str(error.value) and "trust" not in str(error.value)
+    if protocol:
+      assert "a bare pickle, which torch.save did not write" in str(error.value)
+  assert not witness.exists()
+
+
+def test_no_refusal_repeats_advice_to_execute(torch, tmp_path):
+  with tarfile.open(tmp_path / "old.pth", "w") as file:
+    file.addfile(tarfile.TarInfo("storages"))
+  with pytest.raises(ValueError, match=r"torch's tar format of before 0\.1\.10"):
+    convert.open_weights(tmp_path / "old.pth", "mar")
+  advice = pickle.UnpicklingError(
+    "Weights only load failed. In PyTorch 2.6, we changed the default ... `weights_only` to `False`"
+    "\n WeightsUnpickler error: Unsupported operand 149\n\nCheck the documentation"
+  )
+  assert convert._reason(advice) == "Unsupported operand 149"
+  assert "only" not in convert._reason(RuntimeError("Cannot use ``weights_only=True`` with ..."))
+
+
+def test_safetensors_whose_contents_do_not_cover_the_file_are_refused(tmp_path):
+  """The format has no checksums, but its header must account for every byte."""
+  pytest.importorskip("safetensors")
+  path = tmp_path / "weights.safetensors"
+
+  def write(offsets, size=32, length=None, shapes=((4,), (4,))):
+    header = {
+      name: {"dtype": "F32", "shape": list(shape), "data_offsets": list(place)}
+      for name, shape, place in zip("ab", shapes, offsets)
+    }
+    text = json.dumps(header).encode()
+    length = len(text) if length is None else length
+    path.write_bytes(struct.pack("<Q", length) + text + bytes(size))
+
+  write([(0, 16), (16, 32)])
+  assert set(convert.open_weights(path, "mar")) == {"a", "b"}
+  for arguments in (
+    {"offsets": [(0, 16), (8, 24)]},  # overlap
+    {"offsets": [(0, 16), (20, 36)], "size": 36},  # a gap
+    {"offsets": [(0, 16), (16, 32)], "size": 33},  # bytes after the last
+    {"offsets": [(0, 16), (16, 32)], "size": 31},
+    {"offsets": [(0, 16), (16, 32)], "length": 1 << 40},
+    {"offsets": [(0, 16), (16, 32)], "length": 0},
+    {"offsets": [(0, 16), (16, 32)], "shapes": ((4,), (5,))},
+  ):
+    write(**arguments)
+    with pytest.raises(ValueError, match=rf"{path}: not a readable safetensors file \("):
+      convert.open_weights(path, "mar")
+
+
+@pytest.mark.parametrize("large", [2e38, -2e38, 1311.0])
+def test_absurd_weights_are_warned_of_by_name(large):
+  part, tensors = fitting()
+  values = np.full(tensors["z_proj.bias"].shape, 0.02, np.float32)
+  values[7] = large
+  tensors["z_proj.bias"] = convert.Tensor(values.shape, "float32", lambda: values)
+  told = []
+  params = convert.convert(tensors, "mar", part, warn=told.append)
+  assert told == [f"tensor z_proj.bias: largest weight {abs(large):.3g}, median 0.02; "
+                  "the file may be damaged"]  # fmt: skip
+  assert params["z_proj"]["bias"][7] == np.float32(large)  # warned of, not changed
+
+
+def test_ordinary_weights_are_not_warned_of(torch):
+  """Nor a tensor whose weights are all large, or some of whose weights are thousands of medians."""
+  told = []
+  for name in ("mar_patch2", "mar_tiny"):
+    tensors = convert.open_weights(DATA / name / "checkpoint-last.pth", "mar")
+    convert.convert(tensors, "mar", golden_config(name), warn=told.append)
+  convert.convert(
+    convert.open_weights(DATA / "vae_tiny" / "kl.ckpt", "vae"), "vae", vae_config(),
+    warn=told.append,
+  )  # fmt: skip
+  part, tensors = fitting()
+  for values in (np.full(48, 1e5), np.linspace(0, 999, 48), np.r_[np.zeros(47), 999]):
+    values = values.astype(np.float32)
+    tensors["z_proj.bias"] = convert.Tensor((48,), "float32", lambda values=values: values)
+    convert.convert(tensors, "mar", part, warn=told.append)
+  assert told == []
+
+
+def test_a_path_that_is_no_file(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=rf"^{tmp_path}: expected a file .*, found a directory"):
+    convert.open_weights(tmp_path, "mar")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  with pytest.raises(ValueError, match=rf"^{tmp_path}/x\.pth: no such file"):
+    convert.open_weights("~/x.pth", "mar")
+
+
 def test_what_is_no_checkpoint_is_refused(torch, tmp_path):
   cases = {
     "absent.pth": (None, "no such file"),
@@ -377,10 +601,12 @@ def get_config():
 """
 
 
-def run_tool(*flags: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run_tool(
+  *flags: str, prefix: tuple[str, ...] = (), env: Mapping[str, str] = types.MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, *prefix, str(TOOL), *flags], capture_output=True, text=True, check=False,
-    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env},
   )  # fmt: skip
 
 
@@ -395,7 +621,9 @@ def test_the_command_makes_one_directory_of_both_kinds_and_goes_back(torch, tmp_
   mar_flags = ["--kind=mar", f"--dst={dst}", f"--config={config_file}"]
   wrong = run_tool(*mar_flags, f"--src={DATA / 'mar_tiny' / 'checkpoint-last.pth'}")
   assert wrong.returncode == 1
-  assert wrong.stderr.startswith("error: tensor ")
+  assert wrong.stderr.startswith(
+    f"error: --src={DATA / 'mar_tiny' / 'checkpoint-last.pth'}: tensor "
+  )
   assert "z_proj.weight has shape [64, 4], expected [64, 16]" in wrong.stderr
   assert wrong.stderr.count("\n") == 1
   assert not dst.parent.exists()
@@ -428,6 +656,24 @@ def test_the_command_makes_one_directory_of_both_kinds_and_goes_back(torch, tmp_
   assert all((tensors[name].read() == tensor.numpy()).all() for name, tensor in state.items())
 
 
+def test_the_command_names_flag_and_path_in_one_line(torch, tmp_path):
+  """`~` is the home directory; nothing is left of what is refused."""
+  damaged = bytearray(SMALL.read_bytes())
+  start, _ = record(SMALL, records(SMALL)[-8])
+  damaged[start] ^= 1
+  (tmp_path / "damaged.pth").write_bytes(damaged)
+  flags = ["--kind=mar", f"--config={ROOT / 'configs' / 'mar_base.py'}", "--dst=~/new"]
+  for src, message in (
+    ("~/damaged.pth", "damaged.pth: not a readable torch file (its checksums show damage in "),
+    ("~", ": expected a file (.pth, .ckpt, .safetensors), found a directory"),
+    ("", "--src: expected a path, found an empty text"),
+  ):
+    done = run_tool(*flags, f"--src={src}", env={"HOME": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert done.stderr.startswith(f"error: --src={tmp_path}" if src else "error: --src: ")
+  assert [p.name for p in tmp_path.iterdir()] == ["damaged.pth"]
+
+
 # ---- memory
 
 # Runs the tool and reports, in bytes, the anonymous memory with all libraries loaded and its peak.
@@ -442,7 +688,7 @@ def watch():
   while True:
     peak = max(peak, anonymous())
     time.sleep(0.005)
-import marche_jax
+import marche_jax.weights.checkpoint
 from marche_jax.config import ModelConfig
 if {with_torch}:
   import torch
