@@ -34,8 +34,8 @@ def seconds(run, repeats):
   return measure(run, repeats)
 profiling.seconds = seconds
 
-report = job.run(model, sample, labels, settings, pathlib.Path(sys.argv[1]), save_latents=True,
-                 profile=True)
+drawing = job.Job(model, sample, labels, settings, pathlib.Path(sys.argv[1]), save_latents=True)
+report = job.run(drawing, profile=True)
 assert report["device"].startswith("2 x") and report["split_seconds"]["head"] > 0
 assert set(ran) == {1}, ran
 

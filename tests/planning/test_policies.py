@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -449,6 +451,20 @@ def test_a_size_above_the_sequence_is_clipped(field, caplog):
   assert all(getattr(s, stack).active is None for s in shapes(found))  # the plan's shortcut
   # All of the decoder's tokens mean those of the encoder too.
   assert all(full(s) for s in shapes(found)) == (field == "active_size")
+
+
+def test_a_clipped_size_is_said_outside_of_tests():
+  """Once, on the standard error of a command as of any program."""
+  script = (
+    "from marche_jax.config import ModelConfig, SampleConfig\n"
+    "from marche_jax.planning.policies import make_plan\n"
+    "make_plan(ModelConfig(), SampleConfig(policy='marche', active_size=321))"
+  )
+  command = ["-m", "marche_jax.sample", "--print_plan", "--policy=marche"]
+  for arguments in (["-c", script], [*command, "--config.sample.active_size=321"]):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("sample.active_size=321: clipped to all ") == 1, done.stderr
 
 
 def test_condition_cache_computes_one_half():
