@@ -180,7 +180,7 @@ class SampleConfig:
   cfg: float = 3.0  # guidance scale; 1 switches guidance off
   cfg_schedule: str = "linear"  # linear or constant
   temperature: float = 1.0  # factor on the noise of the diffusion steps
-  num_sampling_steps: int = 100  # diffusion steps per token
+  num_sampling_steps: int = 100  # diffusion steps per token, at least 2: from noise, and to 0
   max_timestep: int = NUM_TRAIN_TIMESTEPS - 1  # noisiest timestep used (DiSA: 950)
   solver: str = "ddpm"  # ddpm (ancestral) or dpm++ (SDE-DPM-Solver++, for 10-20 diffusion steps)
   policy: str = "full"  # what accelerates decoding; names joined by +, see planning/policies/
@@ -212,16 +212,16 @@ class SampleConfig:
       value = getattr(self, field)
       _require(isinstance(value, bool), p + field, value, "True or False")
     _require(isinstance(self.policy, str), p + "policy", self.policy, "a name")
-    _require_int(self, p, 1, "num_iter", "num_sampling_steps")
-    _require(
-      self.num_sampling_steps <= NUM_TRAIN_TIMESTEPS, p + "num_sampling_steps",
-      self.num_sampling_steps, f"an integer in [1, {NUM_TRAIN_TIMESTEPS}]",
-    )  # fmt: skip
-    _require_int(self, p, 0, "max_timestep")
-    _require(
-      self.max_timestep < NUM_TRAIN_TIMESTEPS, p + "max_timestep", self.max_timestep,
-      f"an integer in [0, {NUM_TRAIN_TIMESTEPS - 1}]",
-    )  # fmt: skip
+    _require_int(self, p, 1, "num_iter")
+    # At timestep 0 alone, where a single diffusion step would be, noise stays what it is.
+    for field, least, most in (
+      ("num_sampling_steps", 2, NUM_TRAIN_TIMESTEPS), ("max_timestep", 1, NUM_TRAIN_TIMESTEPS - 1)
+    ):  # fmt: skip
+      value = getattr(self, field)
+      is_int = isinstance(value, int) and not isinstance(value, bool)
+      _require(
+        is_int and least <= value <= most, p + field, value, f"an integer in [{least}, {most}]"
+      )
     _require_range(self, p, 0.0, 1e4, "cfg", "temperature")
     _require(
       self.cfg_schedule in ("linear", "constant"), p + "cfg_schedule", self.cfg_schedule,

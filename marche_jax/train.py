@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import pathlib
 
-import jax
 import numpy as np
 from absl import flags
 
@@ -19,6 +18,7 @@ from marche_jax.config import Config, ModelConfig, VAEConfig
 from marche_jax.decoding.generation import generate
 from marche_jax.decoding.pixels import to_images
 from marche_jax.decoding.plan_runner import NonFiniteLatentsError
+from marche_jax.decoding.state import run_key
 from marche_jax.files import user_path
 from marche_jax.images import grid, write_png
 from marche_jax.models.params import Params
@@ -59,7 +59,7 @@ def draw_grid(model: checkpoint.Model, path: pathlib.Path) -> None:
   """Writes a grid of samples: eight columns, a class per row at most."""
   rows = min(model.config.class_num, 10)
   labels = np.repeat(np.arange(rows), 8)
-  latents = generate(model, labels, jax.random.key(0))
+  latents = generate(model, labels, run_key(0))
   write_png(path, grid(to_images(model, latents), columns=8), scale=2)
 
 

@@ -6,8 +6,10 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 FEW_FILES = 5  # so many or fewer are run before processes for them have started
 MOST_PROCESSES = 8
@@ -28,6 +30,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 0
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return min(cores, MOST_PROCESSES)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+  """Of slow tests a file is one process's: what it compiles in the background is for all of it."""
+  return LoadFileScheduling(config, log) if config.option.markexpr == "slow" else None
 
 
 def pytest_unconfigure() -> None:

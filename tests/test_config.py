@@ -58,8 +58,8 @@ BAD = {
   },
   SampleConfig: {
     "num_iter": POSITIVE_INT,
-    "num_sampling_steps": (*POSITIVE_INT, 1001),
-    "max_timestep": (*NON_NEGATIVE_INT, 1000),
+    "num_sampling_steps": (*POSITIVE_INT, 1, 1001),
+    "max_timestep": (*NON_NEGATIVE_INT, 0, 1000),
     "cfg": (-0.1, math.nan, math.inf, "3"),
     "temperature": (-0.1, math.nan, math.inf, "1"),
     "cfg_schedule": ("cosine", "", None),

@@ -6,8 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+import marche_jax
 from marche_jax import embedded, evaluate
 from marche_jax.config import freeze
 from marche_jax.embedded.config import get_config
@@ -23,6 +26,12 @@ def test_the_checkpoint_is_the_configurations() -> None:
   assert model.sample_config == config.sample
   files = [p for p in embedded.CHECKPOINT.rglob("*") if p.is_file()]
   assert 0 < sum(p.stat().st_size for p in files) <= MAX_BYTES
+
+
+def test_it_is_what_is_loaded_without_a_directory() -> None:
+  model, named = marche_jax.load_model(), marche_jax.load_model(embedded.CHECKPOINT)
+  assert (model.config, model.sample_config) == (named.config, named.sample_config)
+  jax.tree.map(np.testing.assert_array_equal, model.params, named.params)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import stat
@@ -92,3 +93,35 @@ def test_user_path_refuses_no_path_and_no_home_by_the_flag():
     files.user_path("", "--out")
   with pytest.raises(ValueError, match=r"--src=~nobody-at-all/x: .*home directory"):
     files.user_path("~nobody-at-all/x", "--src")
+
+
+def test_atomic_write_names_the_file_where_the_system_names_none(tmp_path):
+  """A full disk: OSError of a write knows no path, and that of the file aside one that is gone."""
+  path = tmp_path / "report.json"
+  with pytest.raises(OSError, match=f"No space left on device: '{path}'") as error:
+    with files.atomic_write(path):
+      raise OSError(errno.ENOSPC, "No space left on device")
+  assert error.value.errno == errno.ENOSPC
+  with pytest.raises(FileNotFoundError, match=rf"'{tmp_path}/absent/x\.json'"):
+    with files.atomic_write(tmp_path / "absent" / "x.json") as aside:
+      aside.write_text("x")
+  with pytest.raises(NotADirectoryError, match=rf"'{path}/x\.json'"):
+    path.write_text("a file")
+    with files.atomic_write(path / "x.json") as aside:
+      aside.write_text("x")
+  with pytest.raises(FileNotFoundError, match="'elsewhere'"):  # of another file
+    with files.atomic_write(path):
+      raise FileNotFoundError(errno.ENOENT, "No such file", "elsewhere")
+
+
+def test_check_file_writable(tmp_path):
+  path = tmp_path / "new" / "report.json"
+  assert files.check_file_writable(str(path), "--out") == path
+  assert path.parent.is_dir() and not path.exists()
+  path.write_text("old")
+  files.check_file_writable(path, "--out")
+  assert path.read_text() == "old"
+  with pytest.raises(ValueError, match=f"--out={tmp_path}: expected a file, found a directory"):
+    files.check_file_writable(tmp_path, "--out")
+  with pytest.raises(ValueError, match=rf"--out={path}/x: .*expected a directory that can be"):
+    files.check_file_writable(path / "x", "--out")

@@ -21,7 +21,7 @@ from absl import app, flags
 
 from marche_jax import config as config_lib
 from marche_jax.evaluation import quality
-from marche_jax.files import check_file_writable, user_path
+from marche_jax.files import user_path
 from marche_jax.models.params import Params
 from marche_jax.training import sources
 
@@ -120,10 +120,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   try:
-    out = check_file_writable(user_path(FLAGS.out, "--out"), "--out")
+    out = user_path(FLAGS.out, "--out")
     data = str(user_path(FLAGS.data, "--data")) if FLAGS.data else ""
   except ValueError as error:
     raise app.UsageError(str(error)) from error
+  if out.is_dir():
+    raise app.UsageError(f"--out={out}: expected a file, found a directory")
+  if not out.parent.is_dir():
+    raise app.UsageError(f"--out={out}: no directory {out.parent}")
   images, labels = read_split(data, "train")
   test_images, test_labels = read_split(data, "t10k")
   params = train(images, labels, FLAGS.epochs, FLAGS.seed)

@@ -107,13 +107,13 @@ def with_policy(
   """
   asked = list(asked)
   if not policy.endswith(".json"):
-    check_fields(policy, asked)
+    check_fields(policy, asked, sample.cfg != 1.0)
     return dataclasses.replace(sample, policy=policy)
   for field in asked:
     if field in (*FILE_FIELDS, "refresh_interval"):
       raise ValueError(f"sample.{field} is not read: {policy} decides on it")
   loaded = load_plan(user_path(policy, "policy"), config, sample, weights)
-  check_fields(loaded.policy, asked)
+  check_fields(loaded.policy, asked, loaded.cfg != 1.0)
   return loaded
 
 

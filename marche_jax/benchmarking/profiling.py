@@ -64,13 +64,14 @@ def split(
 
   Args:
     plan: of the decoding.
-    params: of `MAR`.
+    params: of `MAR`; where several devices hold a copy each, the first one of this process runs.
     batch_size: images decoded together.
     dtype, head_dtype: as in `sampler.decode`.
 
   Returns:
     Seconds per image of 'encoder', 'decoder' and 'head', compile time apart.
   """
+  params = jax.tree.map(lambda leaf: jnp.asarray(leaf).addressable_data(0), params)
   rows, tables = state_lib.plan_rows(plan)
   tables = jax.tree.map(jnp.asarray, tables)
   timesteps = tables.coefficients.timestep
@@ -129,7 +130,7 @@ def _pieces(
   def head(
     weights: head_sampler.HeadWeights, row: Rows, z: jax.Array, predict: jax.Array
   ) -> jax.Array:
-    keys = state_lib.image_keys(jax.random.key(0), jnp.arange(batch))
+    keys = state_lib.image_keys(state_lib.run_key(0), jnp.arange(batch))
     inputs = Inputs(jnp.zeros(batch, jnp.int32), keys)
     return sampler.sample_tokens(weights, shape.head, row, tables, inputs, predict, z)
 

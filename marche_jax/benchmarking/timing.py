@@ -20,6 +20,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from marche_jax.decoding import state as state_lib
+from marche_jax.decoding.memory import program_bytes
 from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.decoding.state import IDLE, DecodeState, Inputs, Rows
 from marche_jax.models.mar import Params
@@ -63,27 +64,22 @@ class Program:
     labels = jnp.arange(size, dtype=jnp.int32) % plan.config.class_num
     self._inputs = Inputs(labels, self._keys)
 
+    self._runner.check_state(size)
     clock = time.perf_counter()
     lowered = self._runner.lower(params, size)
     self.lower_seconds = time.perf_counter() - clock
     clock = time.perf_counter()
     with _cache_hits() as hits:
-      self._compiled = self._runner.compiled = lowered.compile()
+      self._runner.compile_lowered(lowered, params, size)
     self.compile_seconds = time.perf_counter() - clock
     self.from_cache = bool(hits)
 
   def memory(self) -> dict[str, int]:
-    """Bytes of a batch: peak = arguments + outputs - aliased (the state is both) + temporary."""
-    found = self._compiled.memory_analysis()
+    """Bytes of a batch: see `memory.program_bytes`; the state is argument and output."""
+    assert self._runner.compiled is not None
+    found = program_bytes(self._runner.compiled)
     assert found is not None
-    sizes = {
-      "arguments": found.argument_size_in_bytes,
-      "outputs": found.output_size_in_bytes,
-      "aliased": found.alias_size_in_bytes,
-      "temporary": found.temp_size_in_bytes,
-    }
-    peak = sizes["arguments"] + sizes["outputs"] - sizes["aliased"] + sizes["temporary"]
-    return sizes | {"peak": peak}
+    return found
 
   def start(self) -> DecodeState:
     """The state before the first iteration."""

@@ -12,6 +12,7 @@ programming.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.decoding.state import Inputs
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.planning.policies import make_plan, parse_policy
+from marche_jax.planning.policies.marche import too_large
 from marche_jax.weights.checkpoint import Model
 
 SKETCH = 16
@@ -50,12 +52,14 @@ def calibrate(
     dtype: of activations and matrix products.
 
   Returns:
-    `sample` with its refresh_iterations, which cost at most what every refresh_interval-th did; and
-    the drift float64 [R, R]: entry r, k >= r is that of iteration k from a refresh in r.
+    `sample` with its refresh_iterations, which cost at most what every refresh_interval-th did, and
+    the default refresh_interval, which nobody reads beside them; and the drift float64 [R, R]:
+    entry r, k >= r is that of iteration k from a refresh in r.
 
   Raises:
-    ValueError: where the policy has no marche in it, or nothing that reads a cache; where latents
-      are not finite (`NonFiniteLatentsError`).
+    ValueError: where the policy has no marche in it, or nothing that reads a cache; where `sample`
+      makes no plan, such as one whose active_size is too small (all of these before anything is
+      measured); where latents are not finite (`NonFiniteLatentsError`).
   """
   if "marche" not in parse_policy(sample.policy):
     raise ValueError(
@@ -63,19 +67,30 @@ def calibrate(
     )
   labels = check_labels(labels, model.config)
   sample = dataclasses.replace(sample, refresh_iterations=())
-  if not make_plan(model.config, sample).cache_halves:
+  plan = make_plan(model.config, sample)
+  if not plan.cache_halves:
     raise ValueError(
       f"nothing to calibrate: with sample.num_iter={sample.num_iter}, "
       f"refresh_interval={sample.refresh_interval} and active_size={sample.active_size} no "
       "iteration reads a cache"
     )
   drift = measure_drift(model, sample, labels, key, dtype)
-  budget = make_plan(model.config, sample).flops(padded=False).total
-  for count in range(-(-len(drift) // sample.refresh_interval), 0, -1):
-    chosen = dataclasses.replace(sample, refresh_iterations=choose_refreshes(drift, count))
+  budget = plan.flops(padded=False).total
+  default = SampleConfig().refresh_interval
+  required = {0, *too_large(sample, plan.rows)}
+  at_intervals = tuple(range(0, len(drift), sample.refresh_interval))
+  for count in range(len(at_intervals), len(required) - 1, -1):
+    chosen = dataclasses.replace(
+      sample,
+      refresh_interval=default,
+      refresh_iterations=choose_refreshes(drift, count, required),
+    )
     if make_plan(model.config, chosen).flops(padded=False).total <= budget:
       return chosen, drift
-  raise AssertionError("one refresh costs no more than any number of them")
+  # Selective iterations may cost more than full ones: early, an encoder has few tokens to skip.
+  return dataclasses.replace(
+    sample, refresh_interval=default, refresh_iterations=at_intervals
+  ), drift
 
 
 def measure_drift(
@@ -99,7 +114,7 @@ def measure_drift(
 @jax.jit
 def _sketch(cache: KVCache) -> jax.Array:
   """Random projections of keys and values, float32 [L, X, N, 2 * SKETCH]."""
-  directions = jax.random.normal(jax.random.key(0), (cache.k.shape[-1], SKETCH))
+  directions = jax.random.normal(state_lib.run_key(0), (cache.k.shape[-1], SKETCH))
   project = lambda x: jnp.einsum("lxnw,wd->lxnd", x.astype(jnp.float32), directions)
   return jnp.concatenate([project(cache.k), project(cache.v)], axis=-1)
 
@@ -127,15 +142,23 @@ def drift_of_sketches(sketches: list[list[np.ndarray]], plan: DecodePlan) -> np.
   return drift
 
 
-def choose_refreshes(drift: np.ndarray, count: int) -> tuple[int, ...]:
+def choose_refreshes(
+  drift: np.ndarray, count: int, required: Collection[int] = ()
+) -> tuple[int, ...]:
   """The `count` iterations, the first among them, whose refreshes leave the least total drift.
 
   The total is the sum over all iterations of the drift since the refresh before.
+
+  Args:
+    drift: [R, R].
+    count: how many, at least as many as 0 and the required ones are.
+    required: iterations that must be among them.
   """
   n = len(drift)
   cost = np.full((n, n + 1), np.inf)  # cost[r, j]: iterations r to j - 1 after a refresh in r
   for r in range(n):
-    cost[r, r + 1 :] = np.cumsum(drift[r, r:])
+    end = min((k for k in required if k > r), default=n)  # none of these is passed over
+    cost[r, r + 1 : end + 1] = np.cumsum(drift[r, r:end])
   best = cost[0].copy()  # of one refresh, by the end of what it covers
   back: list[np.ndarray] = []
   for _ in range(1, count):

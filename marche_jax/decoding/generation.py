@@ -14,12 +14,18 @@ from numpy.typing import ArrayLike
 
 from marche_jax.config import SampleConfig
 from marche_jax.decoding import state as state_lib
-from marche_jax.decoding.given import Known, check_array, check_labels, count_known
+from marche_jax.decoding.given import (
+  Known,
+  check_array,
+  check_labels,
+  check_pair,
+  plan_around,
+)
 from marche_jax.decoding.pixels import to_images
 from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.decoding.state import Inputs, Noise
 from marche_jax.models.mar import unpatchify
-from marche_jax.planning.policies import make_plan
+from marche_jax.planning.policies import check_sample
 from marche_jax.weights.checkpoint import Model
 
 
@@ -42,47 +48,58 @@ def generate(
   Args:
     model: of `marche_jax.load_model`.
     labels: int [B], in [0, class_num).
-    key: of the run, `jax.random.key(seed)`.
-    sample_config: default: the model's own, else `SampleConfig()`.
+    key: of the run, `jax.random.key(seed)` of jax's default generator, threefry2x32.
+    sample_config: default: the model's own, else `SampleConfig()`. As on the command line, none of
+      its fields may go unread by its policy: none, that is, whose value is neither the default of
+      `SampleConfig` nor the model's own.
     image_ids: int [B], the images' numbers; default 0 to B - 1.
     order: int [B, S], a permutation of the tokens per image, revealed from its end; default random.
     noise: replaces drawn noise: (initial [num_iter, B, S, C], of the diffusion steps
       [num_iter, T, B, S, C]), index 0 of T being the first executed diffusion step; num_iter as in
       the plan (GtR takes fewer), T the largest number of diffusion steps in it.
     known: (tokens [B, S, C], mask [B, S], 1 where unknown): tokens to keep, for inpainting; the
-      same number of them in every image. They come last in the order.
+      same number of them in every image, and with GtR's order, where none is given, of each colour
+      of the checkerboard. They come last in the order. What stands at unknown positions is not
+      read. num_iter is at most the number of unknown tokens then.
 
   Returns:
     Scaled latents, float32 [B, channels, h, w]; `to_images` turns them into pixels.
 
   Raises:
-    ValueError: for an argument of the wrong shape or range; names it.
+    ValueError: for an argument of the wrong shape or range; names it. Where there is too little
+      memory; says how many images fit.
     NonFiniteLatentsError: (a ValueError) names the iteration.
   """
   config = model.config
-  sample_config = sample_config or model.sample_config or SampleConfig()
+  if sample_config is None:
+    sample_config = model.sample_config or SampleConfig()
+  elif not isinstance(sample_config, SampleConfig):
+    raise ValueError(
+      f"sample_config: found {type(sample_config).__name__}, expected marche_jax.SampleConfig"
+    )
+  else:
+    check_sample(sample_config, model.sample_config)
   labels = check_labels(labels, config)
   batch = len(labels)
-  if (
-    not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)) or key.ndim
-  ):
-    raise ValueError("key: expected one typed key, jax.random.key(seed)")
+  state_lib.check_key(key)
   ids = np.arange(batch)
   if image_ids is not None:
     ids = check_array("image_ids", image_ids, (batch,), "iu")
   if ((ids < 0) | (ids >= 2**32)).any():
     raise ValueError(f"image_ids: found {ids.min()} to {ids.max()}, expected 0 to 2**32 - 1")
   keys = state_lib.image_keys(key, jnp.asarray(ids, jnp.uint32))
-  plan = make_plan(config, sample_config, count_known(config, batch, known))
+  plan = plan_around(config, sample_config, batch, known, ordered=order is not None)
   given = None
   if noise is not None:
+    initial, drawn = check_pair("noise", noise, "initial and of the diffusion steps")
     longest = max(len(process.timesteps) for process in plan.processes)
     shape = (len(plan.rows), batch, config.seq_len, config.token_dim)
     given = Noise(
-      check_array("noise[0]", noise[0], shape, "f"),
-      check_array("noise[1]", noise[1], (shape[0], longest, *shape[1:]), "f"),
+      check_array("noise[0]", initial, shape, "f"),
+      check_array("noise[1]", drawn, (shape[0], longest, *shape[1:]), "f"),
     )
   runner = PlanRunner(plan)
+  runner.check_memory(model.params, batch, given)
   state = runner.start(keys, order, known)
   return unpatchify(runner(model.params, state, Inputs(labels, keys, given)), config)
 

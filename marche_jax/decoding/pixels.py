@@ -36,10 +36,18 @@ def to_images(model: Model, latents: ArrayLike, mesh: Mesh | None = None) -> np.
   divides B).
 
   Raises:
-    ValueError: where the model needs an autoencoder and the checkpoint holds none.
+    ValueError: where the model needs an autoencoder and the checkpoint holds none, or for latents
+      of another shape, of integers, or of no image.
   """
   require_decodable(model)
-  values = np.asarray(latents) / np.float32(model.config.latent_scale)
+  found, shape = np.asarray(latents), model.config.latent_shape
+  is_float = jnp.issubdtype(found.dtype, jnp.floating)  # bfloat16 too
+  if found.ndim != 4 or found.shape[1:] != shape or not is_float or not len(found):
+    raise ValueError(
+      f"latents: found {found.dtype} {list(found.shape)}, expected floats of shape "
+      f"[B, {', '.join(map(str, shape))}]"
+    )
+  values = found.astype(np.float32) / np.float32(model.config.latent_scale)
   if model.vae_config is None or model.config.vae_stride == 1:
     return to_uint8(values.transpose(0, 2, 3, 1))
   count, size = len(values), _vae_batch(len(values), mesh)

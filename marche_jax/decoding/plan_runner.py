@@ -15,11 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from numpy.typing import ArrayLike
 
-from marche_jax.decoding import sampler
+from marche_jax.decoding import memory, sampler
 from marche_jax.decoding import state as state_lib
 from marche_jax.decoding.given import Known, initial_state
 from marche_jax.decoding.recording import Trace
-from marche_jax.decoding.state import DecodeState, Inputs, Rows
+from marche_jax.decoding.state import DecodeState, Inputs, Noise, Rows
 from marche_jax.models.mar import Params
 from marche_jax.planning.plan import DecodePlan
 
@@ -73,7 +73,12 @@ class PlanRunner:
     self.chunk = len(plan.rows) if chunk is None else min(chunk, len(plan.rows))
     self.compiled: jax.stages.Compiled | None = None
     self.rows, self._tables = state_lib.plan_rows(plan)
-    self._dtype = dtype
+    create: Callable[..., DecodeState] = functools.partial(state_lib.empty_state, plan, dtype=dtype)
+    if mesh is not None and plan.cache_halves:  # caches are made where they are used
+      specs = state_lib.state_specs(plan, "data")
+      shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+      create = jax.jit(create, out_shardings=shardings)
+    self._create = create
     self._decode: jax.stages.Wrapped
     self._static: dict[str, object]
     if mesh is not None:
@@ -98,33 +103,71 @@ class PlanRunner:
   ) -> DecodeState:
     """The state before the first iteration; see `initial_state`. Caches lie where they are used."""
     state = initial_state(self.plan, keys, order, known)
-    create = functools.partial(state_lib.empty_state, self.plan, dtype=self._dtype)
-    if self.mesh is None or not self.plan.cache_halves:
-      return create(state.tokens, state.by_rank)
-    specs = state_lib.state_specs(self.plan, "data")
-    shardings = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs)  # type: ignore[arg-type]
-    return jax.jit(create, out_shardings=shardings)(state.tokens, state.by_rank)
+    return self._create(state.tokens, state.by_rank)
 
   def row_chunks(self) -> Iterator[tuple[int, Rows]]:
     """(iterations done after it, rows of a chunk), the last chunk padded: `state.chunks`."""
     return state_lib.chunks(self.rows, self.chunk)
 
-  def lower(self, params: Params, batch_size: int) -> jax.stages.Lowered:
-    """Traces the program of a chunk for a batch size."""
+  def _batch(self, batch_size: int) -> tuple[DecodeState, Inputs]:
+    """Shapes of a batch's state and inputs."""
 
     def start_of_batch() -> tuple[DecodeState, Inputs]:
       keys = state_lib.image_keys(state_lib.run_key(0), jnp.arange(batch_size))
       return self.start(keys), Inputs(jnp.zeros(batch_size, jnp.int32), keys)
 
-    state, inputs = jax.eval_shape(start_of_batch)
+    return jax.eval_shape(start_of_batch)
+
+  def lower(
+    self, params: Params, batch_size: int, noise: Noise | None = None
+  ) -> jax.stages.Lowered:
+    """Traces the program of a chunk for a batch size; `noise` as in `Inputs`."""
+    state, inputs = self._batch(batch_size)
+    if noise is not None:
+      inputs = dataclasses.replace(inputs, noise=jax.tree.map(self._cut(0, self.chunk), noise))
     _, rows = next(self.row_chunks())
     return self._decode.lower(params, state, rows, self._tables, inputs, **self._static)
 
   def compile(self, params: Params, batch_size: int) -> float:
-    """Compiles for a batch size ahead of the first call; returns the seconds it took."""
+    """Compiles for a batch size ahead of the first call; returns the seconds it took.
+
+    Raises:
+      ValueError: where there is too little memory; says how many images fit. Where the state of a
+        batch, caches above all, is too large by itself, nothing is compiled.
+    """
     start = time.perf_counter()
-    self.compiled = self.lower(params, batch_size).compile()
+    self.check_state(batch_size)
+    self.compile_lowered(self.lower(params, batch_size), params, batch_size)
     return time.perf_counter() - start
+
+  def compile_lowered(self, lowered: jax.stages.Lowered, params: Params, batch_size: int) -> None:
+    """Compiles what `lower` gave for these arguments; errors as `compile`."""
+    compiled = lowered.compile()
+    self._check_program(compiled, params, batch_size)
+    self.compiled = compiled
+
+  def check_memory(self, params: Params, batch_size: int, noise: Noise | None = None) -> None:
+    """Raises ValueError as `compile`; arguments as `lower`.
+
+    Unlike after `compile`, arguments may lie on any device: the first call compiles for them, but
+    where that was done here jax takes the program from its cache.
+    """
+    self.check_state(batch_size)
+    self._check_program(self.lower(params, batch_size, noise).compile(), params, batch_size)
+
+  def check_state(self, batch_size: int) -> None:
+    """Raises ValueError where the state of a batch, caches above all, does not fit the devices."""
+    state, _ = self._batch(batch_size)
+    needed = memory.tree_bytes(state) // (1 if self.mesh is None else self.mesh.size)
+    memory.check_fits(needed, batch_size, self._devices())
+
+  def _check_program(self, program: jax.stages.Compiled, params: Params, batch_size: int) -> None:
+    if sizes := memory.program_bytes(program):
+      needed = sizes["peak"] - memory.tree_bytes(params)  # which are there already
+      memory.check_fits(needed, batch_size, self._devices())
+
+  def _devices(self) -> list[jax.Device]:
+    return jax.local_devices()[:1] if self.mesh is None else list(self.mesh.local_devices)
 
   def call(
     self, params: Params, state: DecodeState, rows: Rows, inputs: Inputs

@@ -89,13 +89,35 @@ class Inputs:
   teacher: Array | None = None  # float32 [B, S, C]: these values replace what the head samples
 
 
+GENERATOR = "threefry2x32"
+"""Of jax's random number generators the one whose draws under vmap are those of each key alone.
+What `rbg` and `unsafe_rbg` draw for an image depends on the others of its batch."""
+
+
 def run_key(seed: int) -> jax.Array:
   """The key of a run: of one random number generator, whatever jax's default is."""
-  return jax.random.key(seed, impl="threefry2x32")
+  return jax.random.key(seed, impl=GENERATOR)
+
+
+def check_key(key: jax.Array) -> None:
+  """Raises ValueError for anything but one typed key of `GENERATOR`."""
+  typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+  if not typed or key.ndim:
+    raise ValueError(f'key: expected one typed key, jax.random.key(seed, impl="{GENERATOR}")')
+  if (found := str(jax.random.key_impl(key))) != GENERATOR:
+    raise ValueError(
+      f"key: found one of {found}, whose draws couple the images of a batch; expected "
+      f'jax.random.key(seed, impl="{GENERATOR}")'
+    )
 
 
 def image_keys(key: jax.Array, image_ids: jax.Array) -> jax.Array:
-  """Key of every image [B]: depends on the run's key and the image's number alone."""
+  """Key of every image [B]: depends on the run's key and the image's number alone.
+
+  Raises:
+    ValueError: as `check_key`.
+  """
+  check_key(key)
   return jax.vmap(functools.partial(jax.random.fold_in, key))(image_ids)
 
 

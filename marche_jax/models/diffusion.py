@@ -36,7 +36,8 @@ def respaced_timesteps(num_steps: int, max_timestep: int = NUM_TRAIN_TIMESTEPS -
 
   The stride is accumulated in floating point and rounded half to even, as the reference does.
   With `max_timestep` the kept steps are clipped and deduplicated (DiSA, arXiv 2505.20297), so T
-  may be smaller than `num_steps`.
+  may be smaller than `num_steps`. A single step is, as in the reference, timestep 0, from which no
+  sample can be drawn.
   """
   stride = (NUM_TRAIN_TIMESTEPS - 1) / (num_steps - 1) if num_steps > 1 else 1.0
   kept, position = [], 0.0

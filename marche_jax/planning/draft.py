@@ -57,6 +57,7 @@ class Draft:
   sample: SampleConfig
   num_known: int  # image tokens that are given
   iterations: list[Iteration]
+  num_known_odd: int | None = None  # of them, where row + column is odd; None: their even share
   solver: str = "ddpm"
   stages: np.ndarray | None = None  # int [S] by position: lower stages are revealed first
   # [start, end): image tokens of these ranks are put into raster order.

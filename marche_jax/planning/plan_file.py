@@ -130,7 +130,7 @@ def load_plan(
       f"{path}: refresh_iterations={list(loaded.refresh_iterations)}: expected iterations from 0 "
       f"to {last}"
     )
-  names = [name for name in MEASURED if _is_read(loaded.policy, name)]
+  names = [name for name in MEASURED if _is_read(loaded, name)]
   for text in _differing(
     "sample", content["sample"], {name: getattr(sample, name) for name in names}
   ):
@@ -157,10 +157,10 @@ def _differing(
   ]
 
 
-def _is_read(policy: str, field: str) -> bool:
-  """Whether decoding under a policy depends on a field of `SampleConfig`."""
+def _is_read(sample: SampleConfig, field: str) -> bool:
+  """Whether decoding depends on a field of `sample`."""
   try:
-    check_fields(policy, [field])
+    check_fields(sample.policy, [field], sample.cfg != 1.0)
   except ValueError:
     return False
   return True

@@ -9,7 +9,6 @@ from ml_collections import config_flags
 
 from marche_jax import flags as flags_lib
 from marche_jax.config import ModelConfig, SampleConfig
-from marche_jax.embedded import CHECKPOINT
 from marche_jax.files import user_path
 from marche_jax.weights.checkpoint import Model, load_model
 
@@ -28,7 +27,7 @@ def load(checkpoint_dir: str | None, config_flag: flags.Flag) -> tuple[Model, Sa
     OSError: where a file cannot be read.
   """
   overrides = config_overrides(config_flag)
-  stored = CHECKPOINT if checkpoint_dir is None else user_path(checkpoint_dir, "--checkpoint")
+  stored = None if checkpoint_dir is None else user_path(checkpoint_dir, "--checkpoint")
   if config_flag.present:
     config = flags_lib.parsed_config()
     if checkpoint_dir is None and config.name != "fashion_mnist":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -19,6 +20,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Generic, Literal, TypeAlias, TypedDict, TypeVar, overload
@@ -30,6 +32,7 @@ import orbax.checkpoint.experimental.v1 as ocp
 from jax.tree_util import KeyPath
 
 from marche_jax import config as config_lib
+from marche_jax import embedded
 from marche_jax.config import ModelConfig, SampleConfig, VAEConfig
 from marche_jax.files import user_path
 from marche_jax.models import mar, vae
@@ -40,6 +43,7 @@ PartConfig: TypeAlias = ModelConfig | VAEConfig
 C = TypeVar("C", bound=ModelConfig | VAEConfig | SampleConfig, covariant=True)
 
 FORMAT = 1
+_RESERVED = 1 << 26  # bytes reserved at a time
 DTYPES = ("float32", "float16", "bfloat16")
 
 KINDS: dict[str, type[ModelConfig] | type[VAEConfig]] = {"mar": ModelConfig, "vae": VAEConfig}
@@ -155,11 +159,11 @@ def check_destination(
   _check_beside(directory, config)
 
 
-def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
+def load_model(directory: PathLike | None = None, config: ModelConfig | None = None) -> Model:
   """Loads what `save_model` stored, verified, as float32 arrays on the default device.
 
   Args:
-    directory: of the checkpoint; `~` is the home directory.
+    directory: of the checkpoint; `~` is the home directory. Default: the embedded model.
     config: the configuration that the caller wants to use. It must agree with the stored one in
       all that shapes the samples; what only training uses (dropout, ...) is taken from it.
 
@@ -167,7 +171,7 @@ def load_model(directory: PathLike, config: ModelConfig | None = None) -> Model:
     ValueError: no directory, no checkpoint, a truncated or altered file, a later format, or
       a `config` that does not fit (the message names the fields).
   """
-  directory = user_path(directory, "directory")
+  directory = embedded.CHECKPOINT if directory is None else user_path(directory, "directory")
   stored = _read_config(directory, "mar", ModelConfig)
   if config is not None:
     _check_fits(directory, config, stored.config)
@@ -210,8 +214,13 @@ def _save_params(path: pathlib.Path, params: Params, dtype: str) -> None:
   context.array.saving.use_compression = False
   context.memory.deepcopy_host_arrays = False
   arrays = jax.tree_util.tree_map_with_path(lambda p, leaf: _as_stored(p, leaf, dtype), params)
-  with context:
-    ocp.save(path, arrays)
+  try:
+    with context:
+      ocp.save(path, arrays)
+  except Exception as error:  # tensorstore says all in a ValueError, of some thousand letters
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    reason = os.strerror(int(code[1])) if code else str(error)
+    raise ValueError(f"{path.parents[1]}: cannot be written ({reason})") from error
   # Orbax writes the absolute path of the checkpoint here; only the file's presence counts.
   (path / "commit_success.txt").write_text("committed\n")
 
@@ -240,12 +249,13 @@ def _written_aside(
       root.mkdir(parents=True, exist_ok=True)
       aside = root / f".{target.name}.{uuid.uuid4().hex}"
       aside.mkdir()
-      free = shutil.disk_usage(root).free
+      size = jnp.dtype(dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
+      if size > (free := shutil.disk_usage(root).free):
+        raise ValueError(f"{root}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+      _reserve(aside / "space", size)
     except OSError as error:
-      raise ValueError(f"{root}: cannot be written ({error})") from error
-    size = jnp.dtype(dtype).itemsize * sum(leaf.size for leaf in jax.tree.leaves(params))
-    if size > free:
-      raise ValueError(f"{root}: {size / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+      reason = error.strerror or error
+      raise ValueError(f"{root}: cannot be written ({reason})") from error
     yield aside
     if os.path.lexists(target):
       old = aside.with_name(aside.name + ".old")
@@ -265,6 +275,27 @@ def _written_aside(
       with contextlib.suppress(OSError):
         path.rmdir()
     raise
+
+
+def _reserve(path: pathlib.Path, size: int) -> None:
+  """Raises OSError where a file of this size cannot be had: a quota, a limit, a full disk.
+
+  Better asked of a file that is removed again than of Orbax, whose threads end in pages of
+  tracebacks. File systems that cannot reserve are not asked, and slow ones for two seconds.
+  """
+  if not hasattr(os, "posix_fallocate"):  # macOS
+    return
+  deadline = time.monotonic() + 2
+  try:
+    with path.open("wb") as file:
+      for start in range(0, size, _RESERVED):
+        if time.monotonic() < deadline:
+          os.posix_fallocate(file.fileno(), start, min(_RESERVED, size - start))
+  except OSError as error:
+    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENODEV, errno.ENOSYS):
+      raise
+  finally:
+    path.unlink(missing_ok=True)
 
 
 def sealed(body: dict[str, object]) -> str:

@@ -74,6 +74,11 @@ def test_values_are_of_the_fields_types() -> None:
       "detail_tokens is not read by gtr+disa: disa brings its own",
     ),
     (
+      ["marche:cfg=1:condition_cache=true"],
+      "condition_cache is not read: sample.cfg=1 switches guidance off",
+    ),
+    (["full:cfg_schedule=constant:cfg=1.0"], "cfg_schedule is not read: sample.cfg=1 switches"),
+    (
       ["marche:refresh_interval=2:refresh_iterations=0"],
       "refresh_interval and sample.refresh_iterations contradict each other",
     ),

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,10 +21,12 @@ from hypothesis import strategies as st
 
 from marche_jax import sample
 from marche_jax.benchmarking.entries import parse_entries
+from marche_jax.config import ModelConfig
 from marche_jax.decoding import calibration, plan_runner
 from marche_jax.planning import plan_file
 from marche_jax.planning.plan import DecodePlan
-from marche_jax.planning.policies import make_plan
+from marche_jax.planning.policies import check_sample, make_plan
+from marche_jax.planning.policies.marche import too_large
 from marche_jax.weights import checkpoint
 from marche_jax.weights.checkpoint import Model
 
@@ -54,6 +57,23 @@ def test_no_other_refreshes_leave_less_drift(case: tuple[np.ndarray, int]) -> No
   assert chosen[0] == 0 and len(set(chosen)) == count and list(chosen) == sorted(chosen)
   others = itertools.combinations(range(1, len(drift)), count - 1)
   assert total_drift(drift, chosen) == min(total_drift(drift, (0, *rest)) for rest in others)
+
+
+@given(drifts(), st.data())
+@settings(deadline=None)
+def test_required_refreshes_are_among_them(
+  case: tuple[np.ndarray, int], data: st.DataObject
+) -> None:
+  drift, count = case
+  others = data.draw(st.sets(st.integers(0, len(drift) - 1), max_size=count - 1)) - {0}
+  chosen = calibration.choose_refreshes(drift, count, {0, *others})
+  assert others <= set(chosen) and chosen[0] == 0 and len(set(chosen)) == count
+  possible = [
+    (0, *rest)
+    for rest in itertools.combinations(range(1, len(drift)), count - 1)
+    if others <= set(rest)
+  ]
+  assert total_drift(drift, chosen) == min(total_drift(drift, c) for c in possible)
 
 
 def test_a_jump_is_followed_by_a_refresh() -> None:
@@ -126,6 +146,7 @@ def test_a_calibrated_plan_costs_no_more(model: Model, changes: dict[str, bool])
   assert drift.shape == (8, 8) and np.isfinite(drift).all()
   assert (drift[np.triu_indices(8, 1)] > 0).all() and (np.tril(drift) == 0).all()
   assert chosen == dataclasses.replace(given, refresh_iterations=chosen.refresh_iterations)
+  check_sample(chosen, None)
   flops = [make_plan(tiny.MODEL, s).flops(padded=False).total for s in (chosen, given)]
   assert flops[0] <= flops[1]
   plan = make_plan(tiny.MODEL, chosen)
@@ -136,6 +157,68 @@ def test_a_calibrated_plan_costs_no_more(model: Model, changes: dict[str, bool])
   every_third = tuple(range(0, 8, given.refresh_interval))
   if len(full) == len(every_third):
     assert total_drift(drift, chosen.refresh_iterations) <= total_drift(drift, every_third)
+
+
+def flat(config: ModelConfig, drift: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> Model:
+  """A model that drifts as it is told to; it has no weights."""
+  monkeypatch.setattr(calibration, "measure_drift", lambda *_: drift)
+  return Model(config, {})
+
+
+def test_where_fewer_refreshes_cost_more(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Large selective iterations beside small encoders: the refreshes stay at intervals."""
+  sample = dataclasses.replace(MARCHE, policy="marche+gtr", refresh_interval=2, active_size=17)
+  drift = np.zeros((5, 5))
+  drift[:3, 3:], drift[3, 4] = 5.0, 1.0
+  flops = lambda s: make_plan(tiny.MODEL, s).flops(padded=False).total
+  for count, expected in ((1, (0,)), (2, (0, 3)), (3, (0, 3, 4))):
+    assert calibration.choose_refreshes(drift, count) == expected
+    chosen = dataclasses.replace(sample, refresh_iterations=expected)
+    assert flops(chosen) > flops(sample)
+  model = flat(tiny.MODEL, drift, monkeypatch)
+  chosen, _ = calibration.calibrate(model, sample, [0], jax.random.key(0))
+  assert chosen == dataclasses.replace(sample, refresh_iterations=(0, 2, 4), refresh_interval=3)
+  assert flops(chosen) == flops(sample)
+
+
+@pytest.mark.parametrize(
+  ("field", "size", "num_iter", "interval", "required"),
+  [("active_size", 3, 14, 3, 12), ("encoder_active_size", 2, 10, 4, 8)],
+)
+def test_an_active_size_rules_schedules_out(
+  field: str,
+  size: int,
+  num_iter: int,
+  interval: int,
+  required: int,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  """The iteration that forces more than it is refreshed, whatever the drift says."""
+  fields = {field: size, "num_iter": num_iter, "refresh_interval": interval}
+  given = dataclasses.replace(MARCHE, **fields)
+  assert too_large(given, make_plan(tiny.MODEL, given).rows) == [required]
+  jumps = np.triu(np.ones((num_iter, num_iter)), 1)  # before iterations 1, 2, ... but not that one
+  drift = np.cumsum(jumps * (np.arange(num_iter) != required), axis=1)
+  count = len(range(0, num_iter, interval))
+  ruled_out = dataclasses.replace(
+    given, refresh_iterations=calibration.choose_refreshes(drift, count)
+  )
+  assert required not in ruled_out.refresh_iterations
+  with pytest.raises(ValueError, match=rf"sample\.{field}={size}: iteration {required} forces"):
+    make_plan(tiny.MODEL, ruled_out)
+  model = flat(tiny.MODEL, drift, monkeypatch)
+  chosen, _ = calibration.calibrate(model, given, [0], jax.random.key(0))
+  assert required in chosen.refresh_iterations
+  make_plan(tiny.MODEL, chosen)
+
+
+def test_an_active_size_that_fits_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Is refused before anything is measured."""
+  model = Model(tiny.MODEL, {})
+  monkeypatch.setattr(calibration, "measure_drift", lambda *_: pytest.fail("measured"))
+  given = dataclasses.replace(MARCHE, active_size=1)
+  with pytest.raises(ValueError, match=r"sample\.active_size=1: iteration 1 forces"):
+    calibration.calibrate(model, given, [0], jax.random.key(0))
 
 
 def test_a_policy_without_marche(model: Model) -> None:
@@ -266,11 +349,15 @@ def test_files_that_are_no_plans(tmp_path: pathlib.Path, content: bytes) -> None
 
 def test_bad_flags(model: Model, tmp_path: pathlib.Path) -> None:
   """Told before anything is compiled."""
-  with pytest.raises(ValueError, match=r"--calibrate=plan\.txt: .* ends in \.json"):
-    sample.write_calibrated("plan.txt", model, MARCHE)
+  done = subprocess.run(
+    [sys.executable, "-m", "marche_jax.sample", "--calibrate=plan.txt"],
+    capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert re.fullmatch(r"error: --calibrate=plan\.txt: .* ends in \.json\n", done.stderr)
   with pytest.raises(ValueError, match="file: expected a directory"):
     (tmp_path / "file").touch()
-    sample.write_calibrated(str(tmp_path / "file" / "plan.json"), model, MARCHE)
+    sample.write_calibrated(tmp_path / "file" / "plan.json", model, MARCHE)
   with pytest.raises(ValueError, match=r"absent\.json: expected a plan file .*No such file"):
     sample.under_policy(str(tmp_path / "absent.json"), tiny.MODEL, MARCHE, [])
 

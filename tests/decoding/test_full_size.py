@@ -94,7 +94,7 @@ def test_teacher_forced_decoding_parity(params, policy):
     num_iter=64,
     cfg=3.0,
     cfg_schedule="linear",
-    num_sampling_steps=1,
+    num_sampling_steps=2,
     policy=policy,
     **PEERS[policy],
   )

@@ -63,6 +63,9 @@ REQUESTS = {
   ("mar_base", "turbo"): 256,
   ("mar_huge", "turbo"): 128,
 }
+# A compilation takes as long as its step shapes are many. MAR-B's are those of the whole plan; of
+# MAR-H's, the largest of each kind, which need the most memory.
+LARGEST = {"mar_base": (), "mar_huge": ("--largest",)}
 SHAPES = {("mar_base", "marche"): 64, ("mar_base", "turbo"): 32}
 
 
@@ -71,7 +74,7 @@ def compiled() -> Iterator[dict[tuple[str, str], Future]]:
   """A report of `tpu_compile.py` per request, two compilations at a time."""
   with ThreadPoolExecutor(2) as pool:
     futures = {
-      (config, policy): pool.submit(_compile, config, batch, f"--policy={policy}")
+      (config, policy): pool.submit(_compile, config, batch, f"--policy={policy}", *LARGEST[config])
       for (config, policy), batch in REQUESTS.items()
     }
     for (config, policy), batch in SHAPES.items():

@@ -65,8 +65,8 @@ class Request:
   plan: DecodePlan
   batch_per_chip: int
 
-  def compile(self, shapes: tuple[StepShape, ...] | None = None) -> tuple[Any, float]:
-    """The compiled `sharded_decode` (of one row with `shapes`), and the seconds it took."""
+  def compile(self, shapes: tuple[StepShape, ...], num_rows: int) -> tuple[Any, float]:
+    """The compiled `sharded_decode` of rows with `shapes`, and the seconds it took."""
     plan = self.plan
     config, batch = plan.config, self.batch_per_chip * self.mesh.size
 
@@ -80,8 +80,7 @@ class Request:
       functools.partial(inference_params, dtype=jnp.bfloat16), abstract_params(config)
     )
     rows, tables = state_lib.plan_rows(plan)
-    if shapes is not None:
-      rows = jax.tree.map(lambda x: x[:1], rows)
+    rows = jax.tree.map(lambda x: x[:num_rows], rows)
     state, inputs = jax.eval_shape(
       lambda: (
         state_lib.empty_state(
@@ -100,7 +99,7 @@ class Request:
     decode = sampler.sharded_decode(
       self.mesh,
       plan,
-      step_shapes=shapes or plan.step_shapes,
+      step_shapes=shapes,
       dtype=jnp.bfloat16,
       head_dtype=jnp.bfloat16,
     )
@@ -147,11 +146,19 @@ def bodies_once(plan: DecodePlan, shape: StepShape, batch: int) -> float:
   return batch * (flops.total + extra)
 
 
+def largest_shapes(plan: DecodePlan) -> tuple[StepShape, ...]:
+  """Of step shapes that differ in their slots alone, the one with the most: what memory follows."""
+  found: dict[tuple[bool, bool], StepShape] = {}
+  for shape in sorted(plan.step_shapes, key=lambda s: (s.encoder.slots, s.head.slots)):
+    found[shape.encoder.active is None, shape.decoder.active is None] = shape
+  return tuple(found.values())
+
+
 def flops_of_shapes(request: Request) -> list[dict[str, float]]:
   """Compiled and predicted FLOPs on one chip of every step shape, loop bodies counted once."""
   found = []
   for shape in request.plan.step_shapes:
-    compiled, seconds = request.compile((shape,))
+    compiled, seconds = request.compile((shape,), num_rows=1)
     found.append(
       {
         "compiled": compiled.cost_analysis()["flops"],
@@ -172,6 +179,9 @@ def main() -> None:
   parser.add_argument("--policy", default="full")
   parser.add_argument("--steps", type=int, default=100, help="diffusion steps")
   parser.add_argument("--shapes", action="store_true", help="compile every step shape alone")
+  parser.add_argument(
+    "--largest", action="store_true", help="the largest step shape of each kind alone, together"
+  )
   parser.add_argument("--hlo", help="file to write the compiled program's text to")
   args = parser.parse_args()
   config = freeze(runpy.run_path(args.config)["get_config"]())
@@ -185,7 +195,8 @@ def main() -> None:
   if args.shapes:
     print(json.dumps({"shapes": flops_of_shapes(request)}))
     return
-  compiled, seconds = request.compile()
+  shapes = largest_shapes(request.plan) if args.largest else request.plan.step_shapes
+  compiled, seconds = request.compile(shapes, len(request.plan.rows))
   memory, hlo = compiled.memory_analysis(), compiled.as_text()
   if args.hlo:
     with open(args.hlo, "w") as file:
@@ -196,6 +207,7 @@ def main() -> None:
         "config": config.name,
         "policy": args.policy,
         "batch_per_chip": args.batch_per_chip,
+        "step_shapes": [len(shapes), len(request.plan.step_shapes)],
         "cache_bytes": request.cache_bytes(),
         "copies_of_caches": copies_of_caches(hlo, request.plan, args.batch_per_chip),
         "compile_seconds": round(seconds, 1),
@@ -208,8 +220,7 @@ def main() -> None:
         "collectives_of_psum": collectives(psum.as_text()),
         "flops": compiled.cost_analysis()["flops"],  # a loop's body counts once
         "predicted_flops": sum(
-          bodies_once(request.plan, shape, args.batch_per_chip)
-          for shape in request.plan.step_shapes
+          bodies_once(request.plan, shape, args.batch_per_chip) for shape in shapes
         ),
       }
     )

@@ -46,8 +46,17 @@ def test_the_unconditional_half_needs_a_full_iteration_before():
     build(Draft(MAR_B, sample, 0, steps))
 
 
-@pytest.mark.parametrize(("num_iter", "num_known"), [(257, 0), (57, 200), (1, 256)])
+@pytest.mark.parametrize(("num_iter", "num_known"), [(257, 0), (1, 256)])
 def test_more_iterations_than_tokens(num_iter, num_known):
   expected = rf"sample\.num_iter={num_iter}: expected 1 to {256 - num_known}"
   with pytest.raises(ValueError, match=expected):
     make_plan(MAR_B, SampleConfig(num_iter=num_iter), num_known)
+
+
+@pytest.mark.parametrize("num_known", [200, 255])
+def test_known_tokens_leave_fewer_iterations(num_known):
+  """As many as there are tokens to predict, where more are asked for."""
+  unknown = 256 - num_known
+  plan = make_plan(MAR_B, SampleConfig(num_iter=57), num_known)
+  assert plan.rows == make_plan(MAR_B, SampleConfig(num_iter=unknown), num_known).rows
+  assert [row.num_predict for row in plan.rows] == [1] * unknown

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,8 +27,14 @@ MAR_B = ModelConfig()
 SMALL = ModelConfig(img_size=96)  # 6x6 tokens
 
 
-def plan(policy: str, config: ModelConfig = MAR_B, num_known: int = 0, **fields) -> DecodePlan:
-  return make_plan(config, SampleConfig(policy=policy, **fields), num_known)
+def plan(
+  policy: str,
+  config: ModelConfig = MAR_B,
+  num_known: int = 0,
+  num_known_odd: int | None = None,
+  **fields,
+) -> DecodePlan:
+  return make_plan(config, SampleConfig(policy=policy, **fields), num_known, num_known_odd)
 
 
 def shapes(plan: DecodePlan) -> list:
@@ -108,7 +116,7 @@ def test_combinations_build(policy, num_iter, cfg):
     ]
     if "recap" in names:  # whose local iterations take 40% of them
       for k in range(iterations // 2 + 1, iterations, 2):
-        steps[k] = respaced_timesteps(max(1, round(0.4 * len(steps[k]))), 950).tolist()
+        steps[k] = respaced_timesteps(max(2, round(0.4 * len(steps[k]))), 950).tolist()
     assert timesteps(found) == steps
   else:
     assert timesteps(found) == timesteps(counts)
@@ -122,6 +130,25 @@ def test_timesteps_are_spaced_as_the_solver_wants_them():
     assert found[0] == log_snr_timesteps(steps, top).tolist() != respaced_timesteps(steps).tolist()
   for local in timesteps(plan("recap+turbo", num_iter=64))[7::2]:
     assert local == log_snr_timesteps(4, 950).tolist()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+  st.sampled_from([*POLICIES, "marche+disa+gtr", "recap+turbo", "lazymar+gtr", "marche+turbo"]),
+  st.sampled_from([1, 8, 32, 64]),
+  st.integers(0, 35),
+  st.data(),
+)
+def test_any_number_of_known_tokens(policy, num_iter, num_known, data):
+  """Those of a calibrated plan may go beyond the iterations that are left."""
+  fields = {"num_iter": min(num_iter, 36 if num_known == 0 else 64)}
+  if "marche" in policy and num_known:
+    fields["refresh_iterations"] = data.draw(st.sampled_from([(), (0, 3, 40)]))
+  odd = data.draw(st.integers(max(0, num_known - 18), min(18, num_known)) | st.none())
+  found = plan(policy, SMALL, num_known, odd, **fields)
+  assert found.rows[0].num_known == num_known
+  predicted = [row.num_predict for row in found.rows]
+  assert min(predicted) >= 1 and sum(predicted) == 36 - num_known
 
 
 # ---- DiSA
@@ -212,6 +239,37 @@ def test_gtr_with_any_number_of_iterations(num_known, data):
   ].tolist()
 
 
+def known_masks(num: int, odd: int, grid: int = 6) -> np.ndarray:
+  """20 masks [20, S], 1 where unknown: of `num` known tokens, `odd` where row + column is odd."""
+  colour = np.indices((grid, grid)).sum(axis=0).ravel() % 2
+  mask = np.ones((20, grid**2), int)
+  for i, row in enumerate(mask):
+    rng = np.random.default_rng(i)
+    row[rng.choice(np.flatnonzero(colour == 1), odd, replace=False)] = 0
+    row[rng.choice(np.flatnonzero(colour == 0), num - odd, replace=False)] = 0
+  return mask
+
+
+@pytest.mark.parametrize("policy", ["gtr", "turbo"])
+@pytest.mark.parametrize(("num", "odd"), [(12, 0), (12, 12), (20, 3), (18, 0), (18, 18), (35, 18)])
+def test_known_tokens_of_one_colour_move_the_reconstruction(policy, num, odd):
+  """No token of the second colour is predicted together with, or before, one of the first."""
+  found = plan(policy, SMALL, num, num_iter=18, num_known_odd=odd)
+  mask = known_masks(num, odd)
+  given = np.stack([np.random.default_rng(i).permutation(36) for i in range(20)])
+  unknown = np.take_along_axis(mask, given, axis=1)
+  given = np.take_along_axis(given, np.argsort(unknown, axis=1, kind="stable"), axis=1)
+  by_rank = np.asarray(state_lib.arrange(found, given))
+  colours = np.divmod(by_rank, 6)[0] + np.divmod(by_rank, 6)[1]
+  drawn = set()
+  for row in found.rows:
+    now = colours[:, row.num_known : row.num_known + row.num_predict] % 2
+    assert len(set(now.ravel().tolist())) == 1
+    drawn.add(int(now[0, 0]))
+  assert found.rows[0].num_known == num and sum(r.num_predict for r in found.rows) == 36 - num
+  assert drawn == {colour for colour, known in ((0, num - odd), (1, odd)) if known < 18}
+
+
 # ---- ReCAP and LazyMAR
 
 
@@ -233,6 +291,19 @@ def test_recap(num_iter):
     assert [k for k, s in enumerate(shapes(found)) if not full(s)] == list(range(33, 64, 2))
     assert found.rows[63].cfg == 3.0  # unlike in `full`, where one token counts as masked
   assert found.raster_groups == ()
+
+
+@pytest.mark.parametrize("policy", ["full", "recap", "recap+turbo", "marche+gtr", "lazymar+disa"])
+@pytest.mark.parametrize("solver", ["ddpm", "dpm++"])
+def test_no_iteration_draws_at_timestep_0_alone(policy, solver):
+  """Which would leave noise as it is; the noisiest timestep is always among them."""
+  for steps, top in ((2, 999), (3, 950), (3, 1), (100, 1), (4, 999)):
+    fields = {"num_sampling_steps": steps, "max_timestep": top, "num_iter": 8}
+    if "turbo" not in policy:
+      fields["solver"] = solver
+    for row in timesteps(plan(policy, **fields)):
+      clipped = 950 if {"turbo", "disa"} & set(policy.split("+")) else 999
+      assert len(row) >= 2 and (row[0], row[-1]) == (0, min(top, clipped))
 
 
 def test_recap_in_raster_order():
@@ -380,6 +451,20 @@ def test_a_size_above_the_sequence_is_clipped(field, caplog):
   assert all(getattr(s, stack).active is None for s in shapes(found))  # the plan's shortcut
   # All of the decoder's tokens mean those of the encoder too.
   assert all(full(s) for s in shapes(found)) == (field == "active_size")
+
+
+def test_a_clipped_size_is_said_outside_of_tests():
+  """Once, on the standard error of a command as of any program."""
+  script = (
+    "from marche_jax.config import ModelConfig, SampleConfig\n"
+    "from marche_jax.planning.policies import make_plan\n"
+    "make_plan(ModelConfig(), SampleConfig(policy='marche', active_size=321))"
+  )
+  command = ["-m", "marche_jax.sample", "--print_plan", "--policy=marche"]
+  for arguments in (["-c", script], [*command, "--config.sample.active_size=321"]):
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("sample.active_size=321: clipped to all ") == 1, done.stderr
 
 
 def test_condition_cache_computes_one_half():

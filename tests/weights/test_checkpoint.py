@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -366,13 +368,46 @@ def test_a_failing_save_leaves_everything_as_it_was(copied, params, tmp_path, mo
 
   with monkeypatch.context() as patch:
     patch.setattr(checkpoint.ocp, "save", fail)
-    with pytest.raises(RuntimeError, match="disk full"):
+    with pytest.raises(ValueError, match=r"a/b: cannot be written \(disk full\)"):
       checkpoint.save_model(tmp_path / "a" / "b", "mar", MODEL, params)
-    with pytest.raises(RuntimeError, match="disk full"):
+    with pytest.raises(ValueError, match=r"copied: cannot be written \(disk full\)"):
       checkpoint.save_model(copied, "mar", MODEL, params, overwrite=True)
   assert not (tmp_path / "a").exists()
   assert [p.name for p in copied.iterdir()] == ["mar"]
   assert_equal(checkpoint.load_model(copied).params, params)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no way to reserve space")
+def test_a_place_that_takes_no_more_is_noticed_before_writing(params, tmp_path, monkeypatch):
+  """By a limit of file sizes, as a quota or a disk would: no traceback of Orbax's threads."""
+  resource = pytest.importorskip("resource")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  monkeypatch.setattr(checkpoint.ocp, "save", None)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+  try:
+    with pytest.raises(ValueError, match=r"a/b: cannot be written \(File too large\)$"):
+      checkpoint.save_model(tmp_path / "a" / "b", "mar", MODEL, params)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert not (tmp_path / "a").exists()
+
+
+def test_a_file_system_that_reserves_nothing_is_written_all_the_same(params, tmp_path, monkeypatch):
+  def refuse(*args):
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+  monkeypatch.setattr(checkpoint.os, "posix_fallocate", refuse, raising=False)
+  checkpoint.save_model(tmp_path / "new", "mar", MODEL, params)
+  checkpoint.load_model(tmp_path / "new")
+
+
+def test_tensorstores_reason_is_short(params, tmp_path, monkeypatch):
+  def fail(path, tree):
+    raise ValueError("OUT_OF_RANGE: Error [tensorstore_spec='{...}'] [os_error_code='28']")
+
+  monkeypatch.setattr(checkpoint.ocp, "save", fail)
+  with pytest.raises(ValueError, match=r"new: cannot be written \(No space left on device\)$"):
+    checkpoint.save_model(tmp_path / "new", "mar", MODEL, params)
 
 
 def test_too_little_space_is_noticed_before_writing(params, tmp_path, monkeypatch):

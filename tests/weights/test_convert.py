@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import types
 import warnings
 import zipfile
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -599,10 +601,12 @@ def get_config():
 """
 
 
-def run_tool(*flags: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run_tool(
+  *flags: str, prefix: tuple[str, ...] = (), env: Mapping[str, str] = types.MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, *prefix, str(TOOL), *flags], capture_output=True, text=True, check=False,
-    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **env},
   )  # fmt: skip
 
 
@@ -652,6 +656,24 @@ def test_the_command_makes_one_directory_of_both_kinds_and_goes_back(torch, tmp_
   assert all((tensors[name].read() == tensor.numpy()).all() for name, tensor in state.items())
 
 
+def test_the_command_names_flag_and_path_in_one_line(torch, tmp_path):
+  """`~` is the home directory; nothing is left of what is refused."""
+  damaged = bytearray(SMALL.read_bytes())
+  start, _ = record(SMALL, records(SMALL)[-8])
+  damaged[start] ^= 1
+  (tmp_path / "damaged.pth").write_bytes(damaged)
+  flags = ["--kind=mar", f"--config={ROOT / 'configs' / 'mar_base.py'}", "--dst=~/new"]
+  for src, message in (
+    ("~/damaged.pth", "damaged.pth: not a readable torch file (its checksums show damage in "),
+    ("~", ": expected a file (.pth, .ckpt, .safetensors), found a directory"),
+    ("", "--src: expected a path, found an empty text"),
+  ):
+    done = run_tool(*flags, f"--src={src}", env={"HOME": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert done.stderr.startswith(f"error: --src={tmp_path}" if src else "error: --src: ")
+  assert [p.name for p in tmp_path.iterdir()] == ["damaged.pth"]
+
+
 # ---- memory
 
 # Runs the tool and reports, in bytes, the anonymous memory with all libraries loaded and its peak.
@@ -666,7 +688,7 @@ def watch():
   while True:
     peak = max(peak, anonymous())
     time.sleep(0.005)
-import marche_jax
+import marche_jax.weights.checkpoint
 from marche_jax.config import ModelConfig
 if {with_torch}:
   import torch

@@ -64,12 +64,22 @@ POLICIES: dict[str, Policy] = {
 }  # fmt: skip
 
 
-def check_fields(policy: str, fields: Iterable[str]) -> None:
+GUIDANCE_FIELDS = frozenset({"cfg_schedule", "condition_cache"})
+"""Fields of `SampleConfig` that nobody reads where guidance is off."""
+
+
+def check_fields(policy: str, fields: Iterable[str], guided: bool = True) -> None:
   """Checks fields of `SampleConfig` that somebody asked for: none may go unread.
 
+  Args:
+    policy: that was asked for.
+    fields: that were.
+    guided: whether guidance is on.
+
   Raises:
-    ValueError: for a field that only other policies read, one that a policy overrides, or two that
-      contradict each other; or for a wrong policy, as `parse_policy`.
+    ValueError: for a field that only other policies read, one that a policy overrides, one of
+      guidance where that is off, or two that contradict each other; or for a wrong policy, as
+      `parse_policy`.
   """
   names, fields = parse_policy(policy), list(fields)
   for field in fields:
@@ -79,8 +89,28 @@ def check_fields(policy: str, fields: Iterable[str]) -> None:
     for name in names:
       if field in POLICIES[name].overrides:
         raise ValueError(f"sample.{field} is not read by {policy}: {name} brings its own")
+    if field in GUIDANCE_FIELDS and not guided:
+      raise ValueError(f"sample.{field} is not read: sample.cfg=1 switches guidance off")
   if {"refresh_interval", "refresh_iterations"} <= set(fields):
     raise ValueError("sample.refresh_interval and sample.refresh_iterations contradict each other")
+
+
+def check_sample(sample: SampleConfig, own: SampleConfig | None) -> None:
+  """`check_fields` of a configuration made in Python, which does not tell what was asked for.
+
+  Taken for that are the fields whose value is neither `SampleConfig`'s default nor the model's own.
+
+  Args:
+    sample: how to decode.
+    own: the model's own settings, where it has some.
+
+  Raises:
+    ValueError: as `check_fields`.
+  """
+  known = [SampleConfig()] if own is None else [SampleConfig(), own]
+  names = [field.name for field in dataclasses.fields(sample) if field.name != "policy"]
+  asked = [n for n in names if all(getattr(sample, n) != getattr(other, n) for other in known)]
+  check_fields(sample.policy, asked, sample.cfg != 1.0)
 
 
 def parse_policy(policy: str) -> list[str]:
@@ -118,24 +148,34 @@ ASPECTS = {
 
 
 @functools.lru_cache(maxsize=64)
-def make_plan(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> DecodePlan:
-  """The plan of `sample.policy` for images of which `num_known` tokens are given: `make_draft`'s.
-
-  Raises:
-    ValueError: as `make_draft`.
-  """
-  return build(make_draft(config, sample, num_known))
+def make_plan(
+  config: ModelConfig, sample: SampleConfig, num_known: int = 0, num_known_odd: int | None = None
+) -> DecodePlan:
+  """The plan of `sample.policy`: arguments and errors as `make_draft`."""
+  return build(make_draft(config, sample, num_known, num_known_odd))
 
 
-def make_draft(config: ModelConfig, sample: SampleConfig, num_known: int = 0) -> Draft:
-  """The draft of `sample.policy` for images of which `num_known` tokens are given.
+def make_draft(
+  config: ModelConfig, sample: SampleConfig, num_known: int = 0, num_known_odd: int | None = None
+) -> Draft:
+  """The draft of `sample.policy`.
+
+  Args:
+    config: of the model.
+    sample: how to decode. Where tokens are known, num_iter is at most the number of the others.
+    num_known: image tokens that are given, in every image.
+    num_known_odd: of them, those whose row + column is odd, for policies whose order is that of a
+      checkerboard; default: the share of these that falls to them.
 
   Raises:
     ValueError: for an unknown policy or a contradicting combination, more iterations than tokens to
       predict, or a field of a policy out of range; names the field.
   """
   names = parse_policy(sample.policy)
-  draft = Draft(config, sample, num_known, [], solver=sample.solver)
+  if num_known:
+    most = max(1, config.seq_len - num_known)
+    sample = dataclasses.replace(sample, num_iter=min(sample.num_iter, most))
+  draft = Draft(config, sample, num_known, [], num_known_odd, sample.solver)
   timesteps = draft.timesteps(sample.num_sampling_steps)
   draft.iterations = full_iterations(config, sample, num_known, timesteps)
   for name in names:

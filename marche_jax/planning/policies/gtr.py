@@ -46,13 +46,17 @@ def checkerboard(draft: Draft, num_iter: float) -> int:
   config = draft.config
   draft.stages = checkerboard_stages(config)
   unknown = config.seq_len - draft.num_known
-  sizes = np.bincount(draft.stages, minlength=3) / config.seq_len
-  ends = np.round(np.cumsum(sizes) * unknown).astype(int)
+  first, second, last = np.bincount(draft.stages, minlength=3)
+  # Where known tokens are not evenly spread, the reconstruction still begins after the generation.
+  even = round((first + second) / config.seq_len * unknown)
+  if draft.num_known_odd is not None:
+    even = unknown - (int(last) - draft.num_known_odd)
+  ends = (round(first / (first + second) * even), even, unknown)
   predicted: list[int] = []
   first_of_last = 0
   for stage, count in enumerate(stage_iterations(num_iter)):
     first_of_last = len(predicted)
-    size = int(ends[stage]) - sum(predicted)
+    size = ends[stage] - sum(predicted)
     count = min(count, size)  # few tokens may be left where many are known
     predicted += np.diff(np.round(np.linspace(0, size, count + 1)).astype(int)).tolist()
   after = unknown - np.cumsum(predicted)

@@ -9,11 +9,13 @@ cache and an active set of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
+from marche_jax.config import SampleConfig
 from marche_jax.planning.draft import Draft, Iteration, Refresh
+from marche_jax.planning.plan import Row
 
 ACTIVE_SHARE = 0.2
 """Of all tokens: 64 of 256 image tokens and 64 buffer tokens."""
@@ -24,6 +26,8 @@ def marche(draft: Draft) -> None:
   sample, iterations = draft.sample, draft.iterations
   full = set(sample.refresh_iterations) | {0}
   if sample.refresh_iterations:
+    if draft.num_known:  # they count iterations without known tokens, and fewer may be left
+      full = {k for k in full if k < len(iterations)}
     if max(full) >= len(iterations):
       raise ValueError(
         f"sample.refresh_iterations: found {max(full)}, expected iterations 0 to "
@@ -49,6 +53,19 @@ def marche(draft: Draft) -> None:
     iteration.encoder = Refresh(encoder[k], sample.selection, layer=sample.select_layer)
     if sample.condition_cache and draft.guided:
       iteration.halves = 1
+
+
+def too_large(sample: SampleConfig, iterations: Sequence[Iteration | Row]) -> list[int]:
+  """The iterations that force more tokens than an active size that was given holds.
+
+  They can be full ones only.
+  """
+  return [
+    k
+    for k, i in enumerate(iterations)
+    if 0 < sample.active_size < i.num_previous + i.num_predict
+    or 0 < sample.encoder_active_size < i.num_previous
+  ]
 
 
 def _check_layer(draft: Draft) -> None:

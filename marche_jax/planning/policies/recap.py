@@ -7,7 +7,8 @@ import numpy as np
 from marche_jax.planning.draft import Draft, Refresh, guidance_schedule
 
 LOCAL_SHARE = 0.4
-"""Share of the diffusion steps that a local iteration takes."""
+"""Share of the diffusion steps that a local iteration takes, but at least two: from the noisiest
+timestep to 0."""
 
 
 def recap(draft: Draft) -> None:
@@ -24,7 +25,7 @@ def recap(draft: Draft) -> None:
     forced = buffer + iteration.num_previous
     iteration.encoder = Refresh(forced, buffer=True)
     iteration.decoder = Refresh(forced + iteration.num_predict, buffer=True)
-    count = max(1, round(LOCAL_SHARE * len(iteration.timesteps)))
+    count = max(2, round(LOCAL_SHARE * len(iteration.timesteps)))
     iteration.timesteps = draft.timesteps(count, max_timestep=iteration.timesteps[-1])
     if draft.sample.recap_raster:
       draft.raster_groups.append(
