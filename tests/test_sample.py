@@ -103,6 +103,7 @@ def test_plan_of_a_configuration_needs_no_checkpoint(tmp_path: pathlib.Path) -> 
     (["--policy="], "--policy: expected a policy"),
     (["--checkpoint="], "--checkpoint: expected a path"),
     (["--config.sample.num_iter=50", "--trace=~/trace"], "sample.num_iter=50"),
+    (["--trace=/dev/null"], "/dev/null: expected a directory"),
     (["--config.sample.num_iter=50", "--calibrate=~/plans/a.json"], "sample.num_iter=50"),
   ],
 )  # fmt: skip

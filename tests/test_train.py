@@ -268,7 +268,7 @@ def test_the_command_trains_samples_and_exports(tmp_path: pathlib.Path) -> None:
     (["--vae=absent"], "checkpoint absent: no such directory"),
     (["--workdir=typo", "--export=model"], "typo: expected the directory of a training run"),
     (["--workdir="], "--workdir: expected a path"),
-    (["--config.data.path=absent"], ""),
+    (["--config.data.path=absent"], "data.path='absent': found neither"),
   ],
 )
 def test_a_mistake_ends_the_command_at_once(

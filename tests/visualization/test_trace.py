@@ -262,18 +262,16 @@ def test_files(model: Model, plan: DecodePlan, tmp_path: pathlib.Path) -> None:
 
 
 def test_bad_flags(tmp_path: pathlib.Path) -> None:
-  (tmp_path / "file").touch()
   for flags, message in (
     ((None, ["0"], None), "--trace_images: expected --trace=DIR"),
     ((None, None, 2), "--trace_every: expected --trace=DIR"),
-    ((str(tmp_path), ["6"], None), "trace_images: found '6', .* 0 to 5"),
-    ((str(tmp_path), None, 0), "trace_every=0"),
-    ((str(tmp_path / "file"), None, None), "file: expected a directory"),
+    ((tmp_path, ["6"], None), "trace_images: found '6', .* 0 to 5"),
+    ((tmp_path, None, 0), "trace_every=0"),
   ):
     with pytest.raises(ValueError, match=message):
       sample.traced_images(*flags, num_images=6)
   assert sample.traced_images(None, None, None, 6) == []
-  assert sample.traced_images(str(tmp_path / "new"), None, 1, 6) == [0, 1, 2]
+  assert sample.traced_images(tmp_path / "new", None, 1, 6) == [0, 1, 2]
 
 
 def test_command(model: Model, tmp_path: pathlib.Path) -> None:
