@@ -48,7 +48,11 @@ def test_that_of_a_process_which_is_gone_is_taken_over(tmp_path: pathlib.Path) -
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [holder(host="elsewhere", pid=1), "", "[]", "{}"])
+@pytest.mark.parametrize(
+  "content",
+  [holder(host="elsewhere", pid=1), "", "[]", "{}"],
+  ids=["another host", "empty", "no object", "no fields"],
+)
 def test_one_that_cannot_be_judged_is_respected(tmp_path: pathlib.Path, content: str) -> None:
   (tmp_path / lock.NAME).write_text(content)
   with pytest.raises(ValueError, match="where that run is over"), lock.only_run(tmp_path):
