@@ -134,6 +134,7 @@ def main():
       interrupt.add_note("all is kept")
     raise
 signal_name, *note = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
 del sys.argv[1:]
 flags.run(main)
 """
