@@ -236,6 +236,7 @@ class DataConfig:
   source: str = "idx"  # idx (MNIST-style files), folder (one subfolder per class) or latents (.npy)
   path: str = ""  # idx: directory of the files; folder: root of the images; latents: directory
   split: str = "train"  # idx only: train or t10k
+  pad: int = 0  # idx only: black pixels added on every side, to reach model.img_size
   on_error: str = "raise"  # folder only, on a broken image: raise or skip (named either way)
   flip: bool = True  # random horizontal flip
   num_workers: int = 0  # loader processes; 0 loads in the training process
@@ -246,7 +247,11 @@ class DataConfig:
       self, p, source=("idx", "folder", "latents"), split=("train", "t10k"),
       on_error=("raise", "skip"),
     )  # fmt: skip
-    _require_int(self, p, 0, "num_workers")
+    _require_int(self, p, 0, "num_workers", "pad")
+    _require(
+      self.pad == 0 or self.source == "idx", p + "pad", self.pad,
+      f"0 with data.source={self.source!r}",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,7 @@ BAD = {
     "source": ("imagenet", None),
     "split": ("test", None),
     "on_error": ("ignore", None),
+    "pad": NON_NEGATIVE_INT,
     "num_workers": NON_NEGATIVE_INT,
   },
   TrainConfig: {

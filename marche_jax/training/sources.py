@@ -66,12 +66,19 @@ class Source(abc.ABC):
 class IdxSource(Source):
   """Images in the IDX format of MNIST, held in memory."""
 
-  def __init__(self, directory: pathlib.Path, split: str, model: ModelConfig) -> None:
+  def __init__(self, directory: pathlib.Path, split: str, model: ModelConfig, pad: int = 0) -> None:
+    """Args: directory, split: of the files; model: sizes; pad: black pixels added on every side."""
     channels = image_channels(model)
     image_file = _find_idx(directory, f"{split}-images-idx3-ubyte")
     label_file = _find_idx(directory, f"{split}-labels-idx1-ubyte")
     _require(channels == 1, image_file, "1 channel", f"{channels} channels (see config.model)")
-    self.images = _read_idx(image_file, (model.img_size, model.img_size))[..., None]
+    side = model.img_size - 2 * pad
+    if side < 1:
+      raise ValueError(
+        f"data.pad={pad}: expected less than half of model.img_size={model.img_size}"
+      )
+    images = _read_idx(image_file, (side, side))[..., None]
+    self.images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     labels = _read_idx(label_file, ())
     _require(len(labels) == len(self.images), label_file, f"{len(labels)} labels",
              f"{len(self.images)}, as many as images in {image_file.name}")  # fmt: skip
@@ -207,7 +214,7 @@ def open_source(config: DataConfig, model: ModelConfig) -> Source:
         raise FileNotFoundError(f"data.path is empty and there is no {path}: install Fashion-MNIST "
                                 "(apt-get install dataset-fashion-mnist), or name a directory of "
                                 "IDX files (--config.data.path=DIR)")  # fmt: skip
-    return IdxSource(path, config.split, model)
+    return IdxSource(path, config.split, model, config.pad)
   if not config.path:
     raise ValueError(f"data.path='': expected a directory, for data.source={config.source!r}")
   if config.source == "folder":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import logging
 import os
@@ -51,6 +52,23 @@ def test_idx_gives_pixels_and_labels(tmp_path, split):
     assert source[n]["image"].dtype == np.uint8 and source[n]["label"] == labels[n]
     np.testing.assert_array_equal(source[n]["image"], images[n, :, :, None])
     np.testing.assert_array_equal(source.mirrored(n)["image"], images[n, :, ::-1, None])
+
+
+def test_idx_is_padded_with_black_to_the_size_of_the_model(tmp_path):
+  images = numbered(3)
+  write_idx(tmp_path, images, np.uint8([0, 1, 2]))
+  model = dataclasses.replace(PIXELS, img_size=SIZE + 4)
+  source = sources.open_source(DataConfig(path=str(tmp_path), pad=2), model)
+  for n in range(3):
+    image = source[n]["image"][..., 0]
+    np.testing.assert_array_equal(image[2:-2, 2:-2], images[n])
+    assert image.shape == (SIZE + 4, SIZE + 4) and image.sum() == images[n].sum()
+  with pytest.raises(ValueError, match=r"\[6, 6\] pixels, expected \[8, 8\]"):
+    sources.open_source(DataConfig(path=str(tmp_path), pad=1), model)
+  with pytest.raises(ValueError, match=r"data\.pad=5: expected less than half"):
+    sources.open_source(DataConfig(path=str(tmp_path), pad=5), model)
+  with pytest.raises(ValueError, match=r"data\.pad=1: expected 0 with data\.source='folder'"):
+    DataConfig(source="folder", pad=1)
 
 
 @pytest.mark.parametrize(
