@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import tokenize
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -65,7 +66,10 @@ def read_samples(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
       return file["arr_0"], file["arr_1"]
   except OSError as error:
     reason = error.strerror or str(error)
-  except (zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError) as error:
+  except (
+    zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError, ValueError,
+    SyntaxError, tokenize.TokenError,  # numpy reads headers as Python
+  ) as error:  # fmt: skip
     reason = str(error)
   raise ValueError(f"--samples={path}: expected a samples.npz of marche_jax.sample: {reason}")
 

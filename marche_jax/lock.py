@@ -62,9 +62,11 @@ def _start_of(pid: int) -> str | None:
 def _create(path: pathlib.Path, content: str) -> None:
   file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
   try:
-    os.write(file, content.encode())
-  finally:
-    os.close(file)
+    with os.fdopen(file, "wb") as opened:
+      opened.write(content.encode())
+  except OSError:  # a full disk: an empty lock would be taken over by nobody
+    path.unlink(missing_ok=True)
+    raise
 
 
 def _remove_stale(path: pathlib.Path) -> None:

@@ -116,6 +116,18 @@ def test_a_damaged_archive(tmp_path: pathlib.Path) -> None:
     evaluate.read_samples(path)
 
 
+@pytest.mark.parametrize("text", ["{'descr': '|u1', 'shape': (1, 28, 28, 1 ", "{'descr': |u1}"])
+def test_a_header_that_is_not_python(tmp_path: pathlib.Path, text: str) -> None:
+  path = tmp_path / "samples.npz"
+  header = text.encode().ljust(117) + b"\n"
+  with zipfile.ZipFile(path, "w") as archive:
+    for name in ("arr_0", "arr_1"):
+      magic = np.lib.format.magic(1, 0) + len(header).to_bytes(2, "little")
+      archive.writestr(f"{name}.npy", magic + header)
+  with pytest.raises(ValueError, match=r"expected a samples\.npz of"):
+    evaluate.read_samples(path)
+
+
 def test_out_is_looked_at_before_anything_is_measured(
   tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

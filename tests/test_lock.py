@@ -58,3 +58,23 @@ def test_one_that_cannot_be_judged_is_respected(tmp_path: pathlib.Path, content:
   with pytest.raises(ValueError, match="where that run is over"), lock.only_run(tmp_path):
     raise AssertionError
   assert (tmp_path / lock.NAME).read_text() == content
+
+
+FULL = """
+import pathlib, resource, signal, sys
+from marche_jax import lock
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+  with lock.only_run(pathlib.Path(sys.argv[1])):
+    raise AssertionError
+except OSError as error:
+  print(error)
+"""
+
+
+def test_a_full_disk_leaves_no_lock(tmp_path: pathlib.Path) -> None:
+  done = subprocess.run(
+    [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True
+  )
+  assert "large" in done.stdout and list(tmp_path.iterdir()) == []
