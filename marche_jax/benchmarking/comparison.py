@@ -21,7 +21,6 @@ import pathlib
 import re
 import secrets
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import jax.numpy as jnp
@@ -36,6 +35,7 @@ from marche_jax.decoding.pixels import compile_to_images, require_decodable
 from marche_jax.decoding.plan_runner import NonFiniteLatentsError, PlanRunner
 from marche_jax.evaluation import quality
 from marche_jax.files import atomic_write, check_writable
+from marche_jax.flags import say
 from marche_jax.models.mar import inference_params
 from marche_jax.planning.plan import DecodePlan
 from marche_jax.progress import image_bar
@@ -140,7 +140,7 @@ def draw(
   for entry in entries:
     if any(entry is waiting for _, waiting in todo):
       kept[entry.name].mkdir(parents=True, exist_ok=True)
-      print(f"compiling {entry.name} ...", file=sys.stderr, flush=True)
+      say(f"compiling {entry.name} ...")
       runners[entry.name] = PlanRunner(entry.plan, dtype=dtype, head_dtype=dtype)
       compile_seconds[entry.name] = runners[entry.name].compile(model.params, batch_size)
       draw_from(0, entry, lambda images: None)  # warms up

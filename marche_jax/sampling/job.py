@@ -16,7 +16,6 @@ import json
 import math
 import pathlib
 import shutil
-import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from marche_jax.decoding.given import check_labels
 from marche_jax.decoding.pixels import compile_to_images, require_decodable
 from marche_jax.decoding.plan_runner import PlanRunner
 from marche_jax.files import atomic_write, check_writable
+from marche_jax.flags import say
 from marche_jax.images import grid, write_png
 from marche_jax.lock import only_run
 from marche_jax.models.mar import inference_params
@@ -315,9 +315,9 @@ def _run(job: Job, profile: bool) -> Report:
   compile_seconds, run_seconds = 0.0, 0.0
   num, todo = len(job.labels), job.num_missing()
   if others := job.others():
-    _say(f"{others[0].parent}: batches of other settings, versions or devices are not used")
+    say(f"{others[0].parent}: batches of other settings, versions or devices are not used")
   if todo:
-    _say(f"compiling ({len(job.plan.step_shapes)} step shapes) ...")
+    say(f"compiling ({len(job.plan.step_shapes)} step shapes) ...")
     compile_seconds = job.compile()
     with image_bar(num, "sampling", done=num - todo) as bar:
       clock = time.perf_counter()
@@ -325,7 +325,7 @@ def _run(job: Job, profile: bool) -> Report:
       run_seconds = time.perf_counter() - clock
   split_seconds = None
   if profile:
-    _say("profiling ...")
+    say("profiling ...")
     split_seconds = job.split_seconds()
   report: Report = {
     **job.asked,
@@ -344,7 +344,3 @@ def _run(job: Job, profile: bool) -> Report:
     aside.write_text(json.dumps(report, indent=2) + "\n")
   job.clear()
   return report
-
-
-def _say(text: str) -> None:
-  print(text, file=sys.stderr, flush=True)
